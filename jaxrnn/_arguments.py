@@ -1,0 +1,333 @@
+"""`rnn`'s arguments brought into normal form, and every error that a caller can cause.
+
+Normal form is time-major, with arrays for array-likes and without weak types. Each error names the
+argument or the path of the state in question, what came, what was expected, and the remedy.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxrnn._masking import is_key
+
+Array = jax.Array
+PyTree = Any
+Step = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
+
+
+class Options(NamedTuple):
+    """The arguments of `rnn` that are fixed when it is traced."""
+
+    go_backwards: bool
+    unroll: bool | int
+    time_major: bool
+    zero_output_for_mask: bool
+    return_all_outputs: bool
+    chunk: int | str | None
+    remat: bool
+    method: str
+
+
+class Operands(NamedTuple):
+    """The array arguments of `rnn` in normal form.
+
+    Attributes:
+        inputs: pytree of arrays `[T, B, ...]`.
+        states: a list, a tuple or any other pytree, as the step wants to see it.
+        constants: list or tuple of pytrees, maybe empty.
+        valid: `[T, B]`, bool; None when every step counts.
+        reset: `[T, B]`, bool, true at valid steps only; None when there are no resets.
+    """
+
+    inputs: PyTree
+    states: PyTree
+    constants: PyTree
+    valid: Array | None
+    reset: Array | None
+
+
+def normalize_operands(
+    inputs: PyTree,
+    initial_states: PyTree,
+    constants: PyTree,
+    mask: Any,
+    input_length: Any,
+    reset: Any,
+    time_major: bool,
+) -> Operands:
+    """Checks the array arguments of `rnn` and brings them into normal form."""
+    inputs, batch, time = _normalize_inputs(inputs, time_major)
+    constants = _normalize_constants(constants)
+    states = _normalize_states(initial_states, bool(constants))
+
+    valid = None if mask is None else _normalize_flags("mask", mask, batch, time, time_major)
+    if input_length is not None:
+        within = _within_length(input_length, batch, time)
+        valid = within if valid is None else valid & within
+    if reset is not None:
+        reset = _normalize_flags("reset", reset, batch, time, time_major)
+        if valid is not None:
+            reset = reset & valid
+    for name, argument in (("mask", mask), ("input_length", input_length), ("reset", reset)):
+        if argument is not None:
+            _check_per_sample(name, states, batch)
+    return Operands(inputs, states, constants, valid, reset)
+
+
+def flag(name: str, value: Any) -> bool:
+    """A Python bool, or an error that says why a traced value cannot be one."""
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(
+            f"{name} is a traced value; expected a Python bool. Under jit, name it in "
+            f"`static_argnames` or bind it with `functools.partial`."
+        )
+    return bool(value)
+
+
+def normalize_unroll(unroll: Any, inputs: PyTree) -> bool | int:
+    """`unroll` as `lax.scan` takes it."""
+    if isinstance(unroll, bool | np.bool_):
+        time = jax.tree.leaves(inputs)[0].shape[0]
+        if unroll and not isinstance(time, int):
+            raise ValueError(
+                f"unroll=True needs a fixed number of timesteps, but the time axis of inputs has "
+                f"the symbolic length {time}. Pass unroll=False, or an integer."
+            )
+        return bool(unroll)
+    try:
+        steps = operator.index(unroll)
+    except TypeError:
+        steps = 0
+    if steps < 1:
+        raise ValueError(f"unroll is {unroll!r}; expected a bool or an integer n >= 1.")
+    return steps
+
+
+def checked_step(step_function: Step, states: PyTree, constants: PyTree) -> Step:
+    """The user's step with constants appended, and with its result checked and in normal form.
+
+    The new states come back in the container, shapes and dtypes of `states`; every leaf of the
+    output has the batch axis.
+    """
+
+    def step(input_t: PyTree, states_t: PyTree) -> tuple[PyTree, PyTree]:
+        given = states_t + type(states_t)(constants) if constants else states_t
+        result = step_function(input_t, given)
+        if not isinstance(result, tuple | list) or len(result) != 2:
+            raise ValueError(
+                f"step_function returned {_describe(result)}; expected a pair "
+                f"(output_t, new_states)."
+            )
+        output, new_states = result
+        batch = jax.tree.leaves(input_t)[0].shape[0]
+        new_states = _match_container(new_states, states, len(constants))
+        return _check_output(output, batch), _match_leaves(new_states, states)
+
+    return step
+
+
+def is_sequence(states: PyTree) -> bool:
+    """Whether `states` is a plain list or tuple of states (and no NamedTuple, say)."""
+    return isinstance(states, list | tuple) and not hasattr(states, "_fields")
+
+
+def _normalize_inputs(inputs: PyTree, time_major: bool) -> tuple[PyTree, Any, Any]:
+    axes = "[T, B, ...]" if time_major else "[B, T, ...]"
+    leaves, structure = jax.tree_util.tree_flatten_with_path(inputs)
+    if not leaves:
+        raise ValueError(f"inputs holds no arrays; expected an array {axes}, or a pytree of them.")
+    named = [("inputs" + jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
+    arrays = [(name, _as_array(name, leaf)) for name, leaf in named]
+    for name, array in arrays:
+        if array.ndim < 3:
+            raise ValueError(
+                f"{name} has shape {array.shape}; expected at least 3 axes {axes}. A series of "
+                f"scalars needs a feature axis: x[..., None]."
+            )
+    first_name, first = arrays[0]
+    for name, array in arrays:
+        if array.shape[:2] != first.shape[:2]:
+            raise ValueError(
+                f"{name} has shape {array.shape}, but {first_name} has shape {first.shape}; "
+                f"expected the same first two axes {axes} in every leaf of inputs."
+            )
+    time, batch = first.shape[:2] if time_major else first.shape[1::-1]
+    if isinstance(time, int) and time == 0:
+        raise ValueError(
+            f"{first_name} has shape {first.shape}: no timesteps; expected T >= 1 in {axes}."
+        )
+    time_first = [array if time_major else jnp.moveaxis(array, 1, 0) for _, array in arrays]
+    return jax.tree.unflatten(structure, time_first), batch, time
+
+
+def _normalize_constants(constants: PyTree) -> PyTree:
+    if constants is None:
+        return []
+    if not is_sequence(constants):
+        raise ValueError(
+            f"constants is {_describe(constants)}; expected a list or tuple of arrays or pytrees. "
+            f"Wrap a single constant: constants=[c]."
+        )
+    return constants
+
+
+def _normalize_states(initial_states: PyTree, has_constants: bool) -> PyTree:
+    if initial_states is None:
+        raise ValueError(
+            "initial_states is None; expected a list of states. Pass [] for a step without states."
+        )
+    if jax.tree_util.all_leaves([initial_states]):
+        initial_states = [initial_states]
+    if has_constants and not is_sequence(initial_states):
+        raise ValueError(
+            f"initial_states is {_describe(initial_states)}, to which constants cannot be "
+            f"appended; expected a list or tuple of states. Wrap it: initial_states=[state], or "
+            f"let the step close over its constants."
+        )
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: _as_array("initial_states" + jax.tree_util.keystr(path), leaf),
+        initial_states,
+    )
+
+
+def _normalize_flags(name: str, flags: Any, batch: Any, time: Any, time_major: bool) -> Array:
+    """`mask` or `reset` as bool `[T, B]`."""
+    array = _as_array(name, flags)
+    shape, axes = ((time, batch), "[T, B]") if time_major else ((batch, time), "[B, T]")
+    if array.shape not in (shape, (*shape, 1)):
+        raise ValueError(
+            f"{name} has shape {array.shape}; expected {axes} = {shape}, or {(*shape, 1)}."
+        )
+    if not (array.dtype == jnp.bool_ or jnp.issubdtype(array.dtype, jnp.number)):
+        raise ValueError(f"{name} has dtype {array.dtype}; expected bool or a number type.")
+    array = array.reshape(shape) != 0
+    return array if time_major else array.T
+
+
+def _within_length(input_length: Any, batch: Any, time: Any) -> Array:
+    """bool `[T, B]`: whether t < input_length."""
+    length = _as_array("input_length", input_length)
+    if length.shape not in ((), (batch,)) or not jnp.issubdtype(length.dtype, jnp.integer):
+        raise ValueError(
+            f"input_length has shape {length.shape} and dtype {length.dtype}; expected an integer, "
+            f"or integers [B] = {(batch,)}."
+        )
+    return jnp.arange(time)[:, None] < jnp.broadcast_to(length, (batch,))
+
+
+def _check_per_sample(name: str, states: PyTree, batch: Any) -> None:
+    leaves = jax.tree_util.tree_leaves_with_path(states)
+    if not leaves:
+        raise ValueError(
+            f"{name} is given, but initial_states is empty: there is no state to hold. Leave out "
+            f"{name}, or give the step its previous output as a state."
+        )
+    for path, leaf in leaves:
+        if not is_key(leaf) and (leaf.ndim == 0 or leaf.shape[0] != batch):
+            raise ValueError(
+                f"initial_states{jax.tree_util.keystr(path)} has shape {leaf.shape}; with {name}, "
+                f"every state needs the batch axis [B, ...], B = {batch}. Give each sample its own "
+                f"(jnp.broadcast_to); a random key may stay single if made by jax.random.key."
+            )
+
+
+def _match_container(new_states: PyTree, states: PyTree, constants: int) -> PyTree:
+    """The new states in the container of `states`, once their structures agree."""
+    expected = jax.tree.structure(states)
+    if isinstance(states, list | tuple) and isinstance(new_states, list | tuple):
+        if len(new_states) != len(states):
+            hint = " Constants are not states: leave them out." if constants else ""
+            raise ValueError(
+                f"step_function returned {len(new_states)} states; expected {len(states)}, as many "
+                f"as initial_states holds.{hint}"
+            )
+        new_states = jax.tree.unflatten(
+            jax.tree.structure(states, is_leaf=lambda s: s is not states), list(new_states)
+        )
+    if jax.tree.structure(new_states) != expected:
+        path, got, wanted = _first_difference(new_states, states, "")
+        raise ValueError(
+            f"step_function returned new_states{path} as {got}; expected {wanted}, the structure "
+            f"of initial_states{path}."
+        )
+    return new_states
+
+
+def _first_difference(got: PyTree, expected: PyTree, path: str) -> tuple[str, str, str]:
+    """Path, description and expected description of the topmost place where structures differ."""
+
+    def children(tree: PyTree) -> list[tuple[str, PyTree]]:
+        pairs = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda t: t is not tree)
+        return [(jax.tree_util.keystr(key), child) for key, child in pairs]
+
+    ours, theirs = children(got), children(expected)
+    if type(got) is type(expected) and [k for k, _ in ours] == [k for k, _ in theirs]:
+        for (key, mine), (_, other) in zip(ours, theirs, strict=True):
+            if jax.tree.structure(mine) != jax.tree.structure(other):
+                return _first_difference(mine, other, path + key)
+    return path, _describe(got), _describe(expected)
+
+
+def _match_leaves(new_states: PyTree, states: PyTree) -> PyTree:
+    """The new states with the shapes checked and the dtypes of `states`."""
+
+    def match(path: Any, new: Any, old: Array) -> Array:
+        name = jax.tree_util.keystr(path)
+        new = _as_array(f"the state new_states{name} of step_function", new)
+        if new.shape != old.shape:
+            raise ValueError(
+                f"step_function returned new_states{name} with shape {new.shape}; expected "
+                f"{old.shape}, the shape of initial_states{name}: a state never changes its shape."
+            )
+        if new.dtype == old.dtype:
+            return new
+        if jnp.issubdtype(new.dtype, jnp.floating) and jnp.issubdtype(old.dtype, jnp.floating):
+            return new.astype(old.dtype)
+        raise TypeError(
+            f"step_function returned new_states{name} with dtype {new.dtype}; expected "
+            f"{old.dtype}, the dtype of initial_states{name}. Cast one of them: return "
+            f"new_state.astype('{old.dtype}'), or start from initial_state.astype('{new.dtype}')."
+        )
+
+    return jax.tree_util.tree_map_with_path(match, new_states, states)
+
+
+def _check_output(output: PyTree, batch: Any) -> PyTree:
+    def check(path: Any, leaf: Any) -> Array:
+        name = "output" + jax.tree_util.keystr(path)
+        leaf = _as_array(f"the {name} of step_function", leaf)
+        if leaf.ndim == 0 or leaf.shape[0] != batch:
+            raise ValueError(
+                f"step_function returned {name} with shape {leaf.shape}; expected the batch axis "
+                f"first: [B, ...], B = {batch}."
+            )
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(check, output)
+
+
+def _as_array(name: str, value: Any) -> Array:
+    """An array without weak type."""
+    try:
+        array = jnp.asarray(value)
+    except TypeError as error:
+        raise TypeError(f"{name} is {_describe(value)}; expected an array.") from error
+    return array if is_key(array) else lax.convert_element_type(array, array.dtype)
+
+
+def _describe(value: Any) -> str:
+    """`value` in a few words: what a user needs to recognise it."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"an array of shape {value.shape} and dtype {value.dtype}"
+    if value is None:
+        return "None"
+    if isinstance(value, dict):
+        return f"a {type(value).__name__} with keys {sorted(map(str, value))}"
+    if isinstance(value, list | tuple):
+        return f"a {type(value).__name__} of length {len(value)}"
+    return f"a {type(value).__name__}"

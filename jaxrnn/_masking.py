@@ -1,0 +1,84 @@
+"""What a masked step and a reset do to a batch: select, fill and shield, leaf by leaf.
+
+Everything here is selection with `jnp.where` along the batch axis, so a masked sample leaves no
+trace in values or in derivatives. The one thing that selection alone cannot do is stop a NaN
+derivative: `where(m, f(x), 0)` multiplies the derivative of `f` by zero, and zero times infinity is
+NaN. Hence `shield`: a masked sample's input is replaced *before* the step sees it.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+PyTree = Any
+
+
+def is_key(leaf: Array) -> bool:
+    """Whether `leaf` is a typed PRNG key array, which belongs to the call and not to a sample."""
+    return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
+
+
+def select(condition: Array, if_true: PyTree, if_false: PyTree) -> PyTree:
+    """Chooses per sample: leaf by leaf `where(condition, if_true, if_false)`.
+
+    Args:
+        condition: `[B]`, bool.
+        if_true: pytree of arrays `[B, ...]`.
+        if_false: pytree of the same structure, shapes and dtypes.
+
+    Returns:
+        A pytree like `if_true`; typed PRNG keys are always taken from `if_true`.
+    """
+    return jax.tree.map(
+        lambda t, f: t if is_key(t) else jnp.where(_align(condition, t), t, f), if_true, if_false
+    )
+
+
+def zero_unless(condition: Array, tree: PyTree) -> PyTree:
+    """Sets to zero the samples for which `condition` (`[B]`, bool) does not hold."""
+    return jax.tree.map(
+        lambda leaf: jnp.where(_align(condition, leaf), leaf, jnp.zeros((), leaf.dtype)), tree
+    )
+
+
+def substitutes(valid: Array, inputs: PyTree) -> PyTree:
+    """What a masked step is fed in place of its input: finite, and safe to differentiate at.
+
+    Each sample gets its own first valid row, a point at which the step has to be evaluated anyway.
+    A sample without any gets a ramp inside (0, 1): unlike zeros or ones it is no singular point of
+    logarithms, roots, quotients or of normalising a row by its spread.
+
+    Args:
+        valid: `[T, B]`, bool.
+        inputs: pytree of arrays `[T, B, ...]`.
+
+    Returns:
+        A pytree of arrays `[B, ...]`, through which no derivative flows.
+    """
+    first = jnp.argmax(valid, axis=0)
+    has_any = jnp.any(valid, axis=0)
+
+    def substitute(leaf: Array) -> Array:
+        index = first.reshape(1, -1, *(1,) * (leaf.ndim - 2))
+        row = jnp.take_along_axis(leaf, index, axis=0)[0]
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            row = jnp.where(_align(has_any, row), row, _ramp(row.shape[1:]).astype(leaf.dtype))
+        return lax.stop_gradient(row)
+
+    return jax.tree.map(substitute, inputs)
+
+
+def _ramp(shape: tuple[int, ...]) -> Array:
+    """Values from 1/4 up, below 3/4, all different along the last axis."""
+    if not shape:
+        return jnp.float32(0.25)
+    i = lax.broadcasted_iota(jnp.float32, shape, len(shape) - 1)
+    return 0.25 + 0.5 * i / (1 + i)
+
+
+def _align(condition: Array, leaf: Array) -> Array:
+    """`[B]` -> `[B, 1, ...]`, to broadcast against `leaf`."""
+    return condition.reshape(condition.shape + (1,) * (leaf.ndim - 1))

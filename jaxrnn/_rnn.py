@@ -1,0 +1,235 @@
+"""`rnn`: Keras's recurrent loop as a pure JAX function. Check, arrange, run, assemble."""
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxrnn import _arguments, _masking
+from jaxrnn._arguments import Operands, Options, Step
+from jaxrnn._scan import check_options, scan
+
+Array = jax.Array
+PyTree = Any
+Result = tuple[PyTree, PyTree, PyTree]
+
+
+def rnn(
+    step_function: Step,
+    inputs: PyTree,
+    initial_states: PyTree,
+    go_backwards: bool = False,
+    mask: Any = None,
+    constants: PyTree = None,
+    unroll: bool | int = False,
+    input_length: Any = None,
+    time_major: bool = False,
+    zero_output_for_mask: bool = False,
+    return_all_outputs: bool = True,
+    *,
+    reset: Any = None,
+    chunk: int | str | None = "auto",
+    remat: bool = False,
+    method: str = "auto",
+) -> Result:
+    """Iterates `step_function` over the time axis of `inputs`.
+
+    The `rnn` of `tf.contrib.keras.backend` (TensorFlow r1.1) with the parameters that Keras 2 and 3
+    added, as a pure function: it may be jitted, vmapped, differentiated, exported and sharded, as
+    `jax.lax.scan` may.
+
+    B is the number of samples, T of timesteps. "First", "previous" and "last" are meant in
+    processing order, from T-1 down to 0 when `go_backwards`.
+
+    Args:
+        step_function: pure function `(input_t, states) -> (output_t, new_states)`. `input_t` is
+            `inputs` without its time axis; `states` comes in the container of `initial_states`
+            (a list for a bare array), followed by `constants`; `output_t` is an array `[B, ...]`
+            or a pytree of them; `new_states` has the structure and shapes of `initial_states`.
+        inputs: array `[B, T, ...]` of at least 3 axes, or a pytree of them.
+        initial_states: list or tuple of states, each an array `[B, ...]` or a pytree of them; or
+            one bare array; or, without `constants`, any pytree. States keep the dtypes given here.
+        go_backwards: whether to process the last timestep first; `outputs` are in processing
+            order, as in Keras.
+        mask: `[B, T]` or `[B, T, 1]`, bool or numeric, zero where a step is masked. At a masked
+            step the sample's states stay and its output is its previous output; before its first
+            valid step that is `initial_states[0]` if this has the structure and shapes of the
+            output, else zeros. Masked inputs may hold anything, NaN included, without a trace in
+            results or gradients.
+        constants: list or tuple of arrays or pytrees handed to every step after the states.
+        unroll: True to unroll the loop, or an integer n for n steps per iteration. Never changes a
+            result.
+        input_length: integer, or integers `[B]`: steps at `t >= input_length` (as stored, before
+            any reversal) are masked. With a `mask`, a step counts if both let it.
+        time_major: whether `inputs`, `mask`, `reset` and `outputs` are `[T, B, ...]`.
+        zero_output_for_mask: whether masked rows of `outputs` are zeros instead.
+        return_all_outputs: if False, `outputs` is only the last one, with a time axis of 1, and no
+            buffer of T outputs is allocated.
+        reset: like `mask`; where true, the sample's states are set to `initial_states` before the
+            step runs. A masked step resets nothing.
+        chunk: timesteps per block, see `jaxrnn.scan`. Never changes a result.
+        remat: whether the backward pass recomputes each block instead of storing its steps.
+        method: how to run the loop, see `jaxrnn.scan`.
+
+    Returns:
+        A tuple `(last_output, outputs, new_states)`. `last_output`, `[B, ...]`, is each sample's
+        latest valid output, even when `zero_output_for_mask`. `outputs` is `[B, T, ...]`.
+        `new_states` has the container of `initial_states`, a list for a bare array.
+
+    Raises:
+        ValueError: for a shape, structure or option that does not fit.
+        TypeError: if `step_function` is not callable, or a state changes its dtype other than
+            between floating types.
+
+    Typed PRNG keys (`jax.random.key`) in the states belong to the call, not to a sample: they move
+    on at masked steps too, and no reset sets them back.
+    """
+    if not callable(step_function):
+        raise TypeError(
+            f"step_function is {step_function!r}; expected a function "
+            f"(input_t, states) -> (output_t, new_states)."
+        )
+    check_options(chunk, remat, method)
+    time_major = _arguments.flag("time_major", time_major)
+    operands = _arguments.normalize_operands(
+        inputs, initial_states, constants, mask, input_length, reset, time_major
+    )
+    options = Options(
+        go_backwards=_arguments.flag("go_backwards", go_backwards),
+        unroll=_arguments.normalize_unroll(unroll, operands.inputs),
+        time_major=time_major,
+        zero_output_for_mask=_arguments.flag("zero_output_for_mask", zero_output_for_mask),
+        return_all_outputs=_arguments.flag("return_all_outputs", return_all_outputs),
+        chunk=chunk,
+        remat=remat,
+        method=method,
+    )
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(operands)):
+        return _run(step_function, options, operands)
+    return _compiled(step_function)(options, operands)
+
+
+def _run(step_function: Step, options: Options, operands: Operands) -> Result:
+    inputs, states, constants, valid, reset = operands
+    step = _arguments.checked_step(step_function, states, constants)
+    output_like, output_is_state = _trace_output(step, inputs, states)
+
+    # What a masked step, or a call that wants the last output alone, has to remember beside the
+    # states: nothing, if the output is the first state.
+    hold = valid is not None or not options.return_all_outputs
+    carry_output = hold and not output_is_state
+    held = _initial_output(output_like, states) if carry_output else None
+    fill = None if valid is None else _masking.substitutes(valid, inputs)
+
+    def body(carry: PyTree, slice_t: PyTree) -> tuple[PyTree, PyTree]:
+        old_states, held = carry
+        input_t, valid_t, reset_t = slice_t
+        if reset_t is not None:
+            old_states = _masking.select(reset_t, states, old_states)
+        if valid_t is not None:
+            input_t = _masking.select(valid_t, input_t, fill)
+        output, new_states = step(input_t, old_states)
+        y = output
+        if valid_t is not None:
+            new_states = _masking.select(valid_t, new_states, old_states)
+            if options.zero_output_for_mask:
+                y = _masking.zero_unless(valid_t, output)
+            if carry_output:
+                output = _masking.select(valid_t, output, held)
+            elif output_is_state:
+                output = _first_state(new_states)
+            if not options.zero_output_for_mask:
+                y = output
+        return (new_states, output if carry_output else None), (
+            y if options.return_all_outputs else None
+        )
+
+    (new_states, held), outputs = scan(
+        body,
+        (states, held),
+        (inputs, valid, reset),
+        reverse=options.go_backwards,
+        unroll=options.unroll,
+        chunk=options.chunk,
+        remat=options.remat,
+        method=options.method,
+    )
+    if hold:
+        last_output = held if carry_output else _first_state(new_states)
+    else:
+        last_output = jax.tree.map(lambda y: y[0 if options.go_backwards else -1], outputs)
+    if not options.return_all_outputs:
+        outputs = last_output
+        if valid is not None and options.zero_output_for_mask:
+            outputs = _masking.zero_unless(valid[0 if options.go_backwards else -1], outputs)
+        outputs = jax.tree.map(lambda y: y[None], outputs)
+    elif options.go_backwards:
+        outputs = jax.tree.map(lambda y: jnp.flip(y, 0), outputs)
+    if not options.time_major:
+        outputs = jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1), outputs)
+    return last_output, outputs, new_states
+
+
+def _compiled(step_function: Step) -> Callable[[Options, Operands], Result]:
+    """`_run` of a step, jitted once: a second call outside jit traces nothing.
+
+    Kept as long as the step is: the jitted function refers to it weakly, or the step would never
+    be freed. A step that cannot be referred to so is simply traced again.
+    """
+    try:
+        return _compiled_steps[step_function]
+    except KeyError:
+        reference = weakref.ref(step_function)
+    except TypeError:
+        return functools.partial(_run, step_function)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def rnn(options: Options, operands: Operands) -> Result:
+        step = reference()
+        assert step is not None, "the caller holds it"
+        return _run(step, options, operands)
+
+    _compiled_steps[step_function] = rnn
+    return rnn
+
+
+_compiled_steps: weakref.WeakKeyDictionary[Step, Callable[[Options, Operands], Result]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _trace_output(step: Step, inputs: PyTree, states: PyTree) -> tuple[PyTree, bool]:
+    """The output's shapes and dtypes, and whether it is, leaf by leaf, the first new state."""
+    is_state = False
+
+    def trace(input_t: PyTree, states_t: PyTree) -> PyTree:
+        nonlocal is_state
+        output, new_states = step(input_t, states_t)
+        first = _first_state(new_states)
+        is_state = jax.tree.structure(output) == jax.tree.structure(first) and all(
+            y is s for y, s in zip(jax.tree.leaves(output), jax.tree.leaves(first), strict=True)
+        )
+        return output
+
+    input_like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), inputs)
+    return jax.eval_shape(trace, input_like, states), is_state
+
+
+def _initial_output(output_like: PyTree, states: PyTree) -> PyTree:
+    """What is held before a sample's first valid step."""
+    first = _first_state(states)
+    shapes = [y.shape for y in jax.tree.leaves(output_like)]
+    if jax.tree.structure(first) == jax.tree.structure(output_like) and shapes == [
+        s.shape for s in jax.tree.leaves(first)
+    ]:
+        return jax.tree.map(lambda s, y: s.astype(y.dtype), first, output_like)
+    return jax.tree.map(lambda y: lax.full(y.shape, 0, y.dtype), output_like)
+
+
+def _first_state(states: PyTree) -> PyTree:
+    """`states[0]`, or None where the states are no sequence."""
+    return states[0] if isinstance(states, list | tuple) and states else None
