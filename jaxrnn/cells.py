@@ -150,7 +150,7 @@ def gru(
             state_gates, state_candidate = jnp.split(from_state, [2 * units], axis=-1)
             z, r = jnp.split(_sigmoid(input_gates + state_gates), 2, axis=-1)
             candidate = jnp.tanh(input_candidate + r * state_candidate)
-            wide = jnp.promote_types(kernel.dtype, h.dtype)
+            wide = _wider(kernel.dtype, h.dtype)
             z, candidate = z.astype(wide), candidate.astype(wide)
             h_new = z * h.astype(wide) + (1 - z) * candidate
             return h_new.astype(kernel.dtype), [h_new.astype(h.dtype)]
@@ -220,7 +220,7 @@ def lstm(
             x, (h, c) = form.arguments(kernel, input_t, states)
             z = (x @ kernel + bias) + h.astype(kernel.dtype) @ recurrent_kernel
             gates = jnp.tanh(z * scale) * scale + shift
-            wide = jnp.promote_types(kernel.dtype, c.dtype)
+            wide = _wider(kernel.dtype, c.dtype)
             i, f, g, o = jnp.split(gates.astype(wide), 4, axis=-1)
             c_new = f * c.astype(wide) + i * g
             h_new = o * jnp.tanh(c_new)
@@ -246,7 +246,7 @@ class _Form(NamedTuple):
         """Keras's defaults: Glorot uniform, orthogonal, zeros."""
         features = _positive("features", features)
         # The QR decomposition behind the orthogonal matrix knows no dtype below float32.
-        drawn = jnp.promote_types(self.param_dtype, jnp.float32)
+        drawn = _wider(self.param_dtype, jnp.float32)
         glorot_uniform = jax.nn.initializers.glorot_uniform()
         orthogonal = jax.nn.initializers.orthogonal()
         kernel_key, recurrent_key = jax.random.split(key)
@@ -320,6 +320,11 @@ class _Form(NamedTuple):
                     f"{self.units} units on the last axis; start from cell.initial_states(batch)"
                 )
         return x, states
+
+
+def _wider(a: DTypeLike, b: DTypeLike) -> DTypeLike:
+    # jnp.promote_types would refuse two dtypes under strict promotion.
+    return max(a, b, key=lambda dtype: jnp.finfo(dtype).bits)
 
 
 def _sigmoid(z: Array) -> Array:
