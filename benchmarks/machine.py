@@ -1,0 +1,45 @@
+"""The hardware and software that a result was measured on."""
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+
+def describe(device: str) -> dict[str, str | int]:
+    """Names the machine.
+
+    Args:
+        device: what JAX says it computes on (`device_kind`): "cpu", or the accelerator's name.
+    """
+    facts: dict[str, str | int] = {
+        "device": device,
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+    if device != "cpu":
+        facts |= _gpu()
+    return facts
+
+
+def slug(machine: dict[str, str | int]) -> str:
+    """The machine's name in a file name: "cpu", "nvidia-h200"."""
+    return str(machine["device"]).lower().replace(" ", "-")
+
+
+def _cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _gpu() -> dict[str, str]:
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    name, driver = answer.splitlines()[0].split(", ")
+    return {"gpu": name, "driver": driver}

@@ -1,0 +1,175 @@
+"""Measures jaxrnn against plain lax.scan and the other libraries, and writes the results.
+
+    python -m benchmarks.peers [--quick] [--size B,T,D,H ...] [--libraries NAME ...]
+
+Each library runs in its own process, and the candidates for a case take turns: every round measures
+each of them once, in alternating direction, and all ratios are taken within rounds.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from statistics import median
+
+from tqdm import tqdm
+
+from benchmarks import cases, clock, machine, problem, results
+from benchmarks.pool import Worker, WorkerError, workers
+
+FULL = {"budget_s": 2.5, "visit_s": 0.04, "max_rounds": 20}
+QUICK = {"budget_s": 0.5, "visit_s": 0.02, "max_rounds": 10}
+
+# Largest absolute difference to the reference in outputs between -1 and 1. GPUs multiply float32
+# with ten bits of mantissa unless told otherwise.
+TOLERANCE = {"cpu": 1e-4, "gpu": 2e-2}
+
+
+def main() -> None:
+    """Runs the benchmark that the command line asks for."""
+    arguments = _arguments()
+    todo = cases.cases(arguments.quick, arguments.size, arguments.libraries)
+    effort = QUICK if arguments.quick else FULL
+    with workers(arguments.libraries) as pool:
+        told = {library: worker.ask("describe") for library, worker in pool.items()}
+        versions = {k: v for reply in told.values() for k, v in sorted(reply["versions"].items())}
+        facts = machine.describe(told["lax.scan"]["device"])
+        tolerance = TOLERANCE["cpu" if facts["device"] == "cpu" else "gpu"]
+        measured = []
+        with tempfile.TemporaryDirectory() as folder, tqdm(todo, unit="case") as progress:
+            for case in progress:
+                progress.set_description(str(case))
+                measured.append(_measure_case(case, pool, Path(folder), effort, tolerance))
+                for worker in pool.values():
+                    worker.ask("release")
+    # A grid of one's own is no quick run of the committed results, and must not replace them.
+    partial = arguments.quick or bool(arguments.size) or len(pool) < len(cases.LIBRARIES)
+    path = results.save("peers", partial, facts, versions, {"cases": measured})
+    print(f"written: {path}")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.peers", description="Measure jaxrnn against other libraries."
+    )
+    parser.add_argument("--quick", action="store_true", help="the small sizes, few repetitions")
+    parser.add_argument(
+        "--size",
+        action="append",
+        default=[],
+        metavar="B,T,D,H",
+        type=lambda text: tuple(map(int, text.split(","))),
+        help="in place of the grid; may be given several times",
+    )
+    parser.add_argument(
+        "--libraries", nargs="+", choices=cases.LIBRARIES, default=list(cases.LIBRARIES)
+    )
+    arguments = parser.parse_args()
+    if any(len(size) != 4 for size in arguments.size):
+        parser.error("--size takes four integers: B,T,D,H")
+    if "lax.scan" not in arguments.libraries:
+        parser.error("--libraries must contain lax.scan, which all others are compared with")
+    return arguments
+
+
+def _measure_case(
+    case: cases.Case, pool: dict[str, Worker], folder: Path, effort: dict, tolerance: float
+) -> dict:
+    path = folder / f"{case.topic}-{case.cell}-{'-'.join(map(str, case.size))}.npz"
+    problem.save(problem.make(case), path)
+    prepared = {
+        (library, variant): pool[library].ask(
+            "prepare", case=case.cell, variant=variant, path=str(path)
+        )
+        for library, variant in case.candidates
+    }
+    path.unlink()
+    _check_results(case, prepared, tolerance)
+    rounds = {kind: _take_turns(kind, prepared, pool, effort) for kind in ("forward", "gradient")}
+    gemm_gflops = None
+    if cases.GEMM in prepared:
+        gemm_s = median(rounds["forward"][cases.GEMM])
+        gemm_gflops = 2 * cases.GEMM_SIZE**3 / gemm_s / 1e9
+    candidates = [
+        _figures(case, candidate, reply, rounds, gemm_gflops)
+        for candidate, reply in prepared.items()
+        if candidate != cases.GEMM
+    ]
+    return case.as_dict() | {"gemm_gflops": _rounded(gemm_gflops), "candidates": candidates}
+
+
+def _check_results(case: cases.Case, prepared: dict, tolerance: float) -> None:
+    """A library that computes something else is not compared."""
+    norms: dict[str, float] = {}
+    for (library, variant), reply in prepared.items():
+        if "output_error" not in reply:
+            continue
+        who = f"{library} ({variant}) on {case}"
+        if not reply["output_error"] < tolerance:
+            raise WorkerError(
+                f"{who}: outputs are off by {reply['output_error']:.2g} from the reference"
+            )
+        norm = reply["input_gradient_norm"]
+        expected = norms.setdefault(reply["math"], norm)
+        if not abs(norm - expected) < 10 * tolerance * expected:
+            raise WorkerError(
+                f"{who}: the gradient by the inputs has norm {norm:.6g}, others {expected:.6g}"
+            )
+
+
+def _take_turns(kind: str, prepared: dict, pool: dict[str, Worker], effort: dict) -> dict:
+    """Seconds of each candidate in every round."""
+    running = {k: reply for k, reply in prepared.items() if kind in reply["calls"]}
+    estimates = [reply["calls"][kind]["estimate_s"] for reply in running.values()]
+    count, repeats = clock.plan(estimates, **effort)
+    requests = [
+        (
+            candidate,
+            {
+                "candidate": reply["candidate"],
+                "kind": kind,
+                "repeats": times,
+                "warm_up": estimate < clock.WARM_UP_BELOW_S,
+            },
+        )
+        for (candidate, reply), times, estimate in zip(
+            running.items(), repeats, estimates, strict=True
+        )
+    ]
+    seconds: dict[tuple[str, str], list[float]] = {candidate: [] for candidate in running}
+    for turn in tqdm(range(count), desc=kind, unit="round", leave=False):
+        for candidate, request in requests if turn % 2 == 0 else reversed(requests):
+            reply = pool[candidate[0]].ask("measure", **request)
+            seconds[candidate].append(reply["seconds"])
+    return seconds
+
+
+def _figures(
+    case: cases.Case,
+    candidate: tuple[str, str],
+    reply: dict,
+    rounds: dict[str, dict],
+    gemm_gflops: float | None,
+) -> dict:
+    library, variant = candidate
+    figures = {"library": library, "variant": variant, "output_error": reply["output_error"]}
+    for kind, cost in reply["calls"].items():
+        seconds = rounds[kind][candidate]
+        gflops = case.operations(kind) / median(seconds) / 1e9
+        figures[kind] = {
+            "median_ms": _rounded(1e3 * median(seconds)),
+            "us_per_step": _rounded(1e6 * median(seconds) / case.T),
+            "gflops": _rounded(gflops),
+            "gemm_share": _rounded(gflops / gemm_gflops) if gemm_gflops else None,
+            "compile_s": _rounded(cost["compile_s"]),
+            "temp_bytes": cost["temp_bytes"],
+            "rounds_ms": [_rounded(1e3 * s) for s in seconds],
+        }
+    return figures
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.5g}")
+
+
+if __name__ == "__main__":
+    main()

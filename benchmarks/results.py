@@ -1,0 +1,59 @@
+"""Result files: where they lie, what they have in common, how figures in them are compared."""
+
+import json
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import geometric_mean, median
+from typing import Any
+
+from benchmarks import machine
+
+DIRECTORY = Path(__file__).parent / "results"
+
+
+def save(benchmark: str, quick: bool, facts: dict, versions: dict, body: dict) -> Path:
+    """Writes `results/<benchmark>-<machine>.json`; a quick run's name starts with "quick-"."""
+    path = DIRECTORY / f"{'quick-' * quick}{benchmark}-{machine.slug(facts)}.json"
+    heading = {
+        "benchmark": benchmark,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "commit": _commit(),
+        "quick": quick,
+        "machine": facts,
+        "versions": versions,
+    }
+    DIRECTORY.mkdir(exist_ok=True)
+    path.write_text(json.dumps(heading | body, indent=1) + "\n")
+    return path
+
+
+def _commit() -> str:
+    """The commit that was measured, with "-dirty" behind it if the tree differed."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(
+            command, cwd=DIRECTORY.parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def load(benchmark: str, directory: Path = DIRECTORY) -> list[dict[str, Any]]:
+    """The committed results of a benchmark, the CPU's first."""
+    paths = sorted(directory.glob(f"{benchmark}-*.json"), key=lambda p: (p.stem[-4:] != "-cpu", p))
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def speedup(slow_ms: list[float], fast_ms: list[float]) -> float:
+    """How many times faster the second is: the median over rounds of the ratio within a round.
+
+    Both lists hold one time per round of one run, so that what disturbs the machine for a while
+    disturbs both sides of a ratio.
+    """
+    return median(s / f for s, f in zip(slow_ms, fast_ms, strict=True))
+
+
+def mean_speedup(ratios: list[float]) -> float:
+    """The geometric mean, the one that suits ratios."""
+    return geometric_mean(ratios)
