@@ -1,13 +1,16 @@
 """The cells against Keras's formulas, written per gate in NumPy float64."""
 
+from pathlib import Path
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrnn import cells
+from jaxrnn import cells, rnn
 
+GOLDEN = Path(__file__).parent / "golden" / "layers.npz"
 B, T, D, H = 3, 7, 4, 5
 MAKERS = {"simple_rnn": cells.simple_rnn, "gru": cells.gru, "lstm": cells.lstm}
 GATES = {"simple_rnn": 1, "gru": 3, "lstm": 4}
@@ -97,6 +100,22 @@ def test_outputs_and_states_follow_keras_formulas(name):
     expected = looped(REFERENCES[name], params, x, states)
     chex.assert_trees_all_equal_dtypes(actual, (x, states))
     chex.assert_trees_all_close(jax.tree.map(np.float64, actual), expected, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_weights_of_a_keras_layer_give_its_results(name):
+    with np.load(GOLDEN) as golden:
+        arrays = {key: golden[key] for key in golden.files}
+    weights = [arrays[f"{name}/weights/{k}"] for k in range(3)]
+    initial, expected = (
+        [arrays[f"{name}/{group}/{k}"] for k in range(STATES[name])]
+        for group in ("initial", "states")
+    )
+    params = dict(zip(("kernel", "recurrent_kernel", "bias"), weights, strict=True))
+    cell = MAKERS[name](initial[0].shape[-1])
+    _, outputs, states = rnn(cell.step(params), arrays["inputs"], initial)
+    np.testing.assert_allclose(outputs, arrays[f"{name}/outputs"], rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(states, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -348,10 +367,8 @@ def stacked(*trees):
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_vmap_over_parameters(name):
-    stacked = jax.vmap(lambda key: MAKERS[name](H).init(key, D))(
-        jax.random.split(jax.random.key(0))
-    )
     x, states = random_inputs(name)
+    each = [random_params(name, seed) for seed in (0, 1)]
 
     def final(params):
         return scanned(MAKERS[name](H).step(params), x, states)
