@@ -1,10 +1,11 @@
 """Result files: where they lie, what they have in common, how figures in them are compared."""
 
 import json
+import re
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import geometric_mean, median
+from statistics import median
 from typing import Any
 
 from benchmarks import machine
@@ -24,7 +25,10 @@ def save(benchmark: str, quick: bool, facts: dict, versions: dict, body: dict) -
         "versions": versions,
     }
     DIRECTORY.mkdir(exist_ok=True)
-    path.write_text(json.dumps(heading | body, indent=1) + "\n")
+    text = json.dumps(heading | body, indent=1)
+    # A list of numbers on one line: readable, and one line to differ.
+    text = re.sub(r"\[[\d\s,.e+-]+\]", lambda found: " ".join(found[0].split()), text)
+    path.write_text(text + "\n")
     return path
 
 
@@ -52,8 +56,3 @@ def speedup(slow_ms: list[float], fast_ms: list[float]) -> float:
     disturbs both sides of a ratio.
     """
     return median(s / f for s, f in zip(slow_ms, fast_ms, strict=True))
-
-
-def mean_speedup(ratios: list[float]) -> float:
-    """The geometric mean, the one that suits ratios."""
-    return geometric_mean(ratios)

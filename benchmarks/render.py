@@ -1,0 +1,99 @@
+"""Renders the result files: the README's section on speed, all tables in full, and the plots.
+
+    python -m benchmarks.render [--check]
+
+With `--check` nothing is written; it fails if the README or the tables differ from the results.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from benchmarks import results, tables
+from benchmarks.machine import slug
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
+TABLES = "tables.md"
+
+
+def main() -> None:
+    """Renders, or checks what is there."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.render", description="Render the results into the README."
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing, fail if stale")
+    if parser.parse_args().check:
+        stale = [path for path, text in documents().items() if path.read_text() != text]
+        if stale:
+            names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
+            sys.exit(f"not what the results say: {names}; run python -m benchmarks.render")
+        return
+    for path, text in documents().items():
+        path.write_text(text)
+        print(f"written: {path}")
+    _plot()
+
+
+def documents(root: Path = ROOT) -> dict[Path, str]:
+    """Every document made from results, with the text that it should hold.
+
+    Args:
+        root: the folder of README.md and of benchmarks/results.
+
+    Raises:
+        ValueError: if the README lacks the markers between which the section stands.
+    """
+    directory = root / "benchmarks" / "results"
+    machines = _machines(directory)
+    if not machines:
+        return {}
+    sections = [tables.section(*pair) + _pictures(directory, pair) for pair in machines]
+    full = [tables.in_full(*pair) for pair in machines]
+    heading = "# All figures\n\nMade by `python -m benchmarks.render` from the files beside it."
+    readme = root / "README.md"
+    return {
+        readme: _between_markers(readme.read_text(), "\n\n".join(sections)),
+        directory / TABLES: "\n\n".join([heading, *full]) + "\n",
+    }
+
+
+def _machines(directory: Path) -> list[tuple[tables.Result, tables.Result | None]]:
+    """The results of each machine: against the peers, and of `never_slower` if there."""
+    never_slower = {slug(r["machine"]): r for r in results.load("never_slower", directory)}
+    return [(r, never_slower.get(slug(r["machine"]))) for r in results.load("peers", directory)]
+
+
+def _pictures(directory: Path, pair: tuple[tables.Result, tables.Result | None]) -> str:
+    peers, never_slower = pair
+    machine = slug(peers["machine"])
+    text = f"\n\n![Speed of all libraries on the grid](benchmarks/results/speed-{machine}.png)"
+    if never_slower is not None:
+        text += (
+            f"\n\n[Each step](benchmarks/results/never_slower-{machine}.png) and "
+            f"[all figures](benchmarks/results/{TABLES})."
+        )
+    return text
+
+
+def _between_markers(text: str, section: str) -> str:
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"README.md needs the lines {BEGIN} and {END} around the speed section")
+    return f"{before}{BEGIN}\n{section}\n{END}{after}"
+
+
+def _plot() -> None:
+    # Matplotlib is wanted for writing alone: the check runs without it.
+    from benchmarks import plots  # noqa: PLC0415
+
+    for peers, never_slower in _machines(results.DIRECTORY):
+        machine = slug(peers["machine"])
+        plots.speed(peers, results.DIRECTORY / f"speed-{machine}.png")
+        if never_slower is not None:
+            plots.never_slower(never_slower, results.DIRECTORY / f"never_slower-{machine}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""The steps of `never_slower`: what people put into a loop over time, small and large.
+
+Every step is written for `lax.scan`, with time first, and says nothing of speed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from benchmarks.steps import gated, other
+from benchmarks.steps.forms import Draw, Loop, Size, gradient_of
+
+__all__ = ["STEPS", "Draw", "Loop", "Size", "Step", "gradient_of"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step and the sizes at which it is measured."""
+
+    name: str
+    make: Callable[[Draw, Size], Loop]
+    sizes: tuple[Size, ...]
+
+
+TINY = Size(1, 100, 4, 4)
+ONE = Size(1, 512, 128, 128)
+SMALL = Size(8, 128, 32, 32)
+MEDIUM = Size(32, 128, 64, 128)
+LARGE = Size(32, 100, 256, 512)
+
+STEPS = (
+    Step("Elman", gated.elman, (TINY, ONE, MEDIUM, LARGE)),
+    Step("LSTM", gated.lstm, (TINY, ONE, MEDIUM, LARGE)),
+    Step("LSTM, four matmuls", gated.lstm_four_matmuls, (TINY, MEDIUM)),
+    Step("LSTM, concatenating", gated.lstm_concatenating, (TINY, MEDIUM)),
+    Step("GRU", gated.gru, (TINY, ONE, MEDIUM, LARGE)),
+    Step("minGRU", other.min_gru, (MEDIUM,)),
+    Step("diagonal", other.diagonal, (TINY, MEDIUM)),
+    Step("diagonal, complex", other.complex_diagonal, (MEDIUM,)),
+    Step("moving average", other.moving_average, (TINY, MEDIUM)),
+    Step("two LSTM layers", gated.two_layers, (SMALL, MEDIUM)),
+    Step("LSTM, attention readout", gated.attention_readout, (MEDIUM,)),
+    Step("LSTM, layer norm", gated.layer_norm_lstm, (MEDIUM,)),
+    Step("Elman, weight norm", other.weight_norm, (MEDIUM,)),
+    Step("GRU under cond", gated.cond, (MEDIUM,)),
+    Step("inner scan", other.inner_scan, (MEDIUM,)),
+    Step("convolutional LSTM", gated.conv_lstm, (Size(4, 64, 8, 16),)),
+    Step("integer count", other.count, (MEDIUM,)),
+    Step("Kalman filter", other.kalman, (Size(8, 128, 2, 4),)),
+    Step("GRU, tokens to logits", gated.logits, (MEDIUM,)),
+    Step("LSTM over tokens", gated.embedding, (MEDIUM,)),
+    Step("dropout key in state", other.dropout, (MEDIUM,)),
+    Step("fast weights", other.fast_weights, (Size(8, 128, 64, 32),)),
+    Step("Euler, two-layer network", other.euler, (SMALL, MEDIUM)),
+    Step("masked LSTM through rnn", gated.masked, (TINY, MEDIUM)),
+)

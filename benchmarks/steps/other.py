@@ -1,0 +1,203 @@
+"""Steps that are no gated cells: linear recurrences, filters, control flow, random numbers.
+
+Letters: B samples, T timesteps, D input features, H units.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from benchmarks.steps.forms import Draw, Loop, Size, loop
+
+
+def min_gru(draw: Draw, size: Size) -> Loop:
+    """Gate and candidate depend on the input alone; affine in the state."""
+    B, T, D, H = size
+
+    def body(p):
+        def step(h, x):
+            z = jax.nn.sigmoid(x @ p["Wz"])
+            h = (1 - z) * h + z * (x @ p["Wh"])
+            return h, h
+
+        return step
+
+    params = {"Wz": draw.weight(D, H), "Wh": draw.weight(D, H)}
+    return loop(body, params, draw.normal(B, H), draw.normal(T, B, D))
+
+
+def diagonal(draw: Draw, size: Size) -> Loop:
+    """A diagonal linear recurrence with a dense input and a dense readout."""
+    B, T, D, H = size
+
+    def body(p):
+        decay = jnp.exp(-jnp.exp(p["log_rate"]))
+
+        def step(h, x):
+            h = decay * h + x @ p["W"]
+            return h, h @ p["V"]
+
+        return step
+
+    params = {"log_rate": draw.normal(H) - 2, "W": draw.weight(D, H), "V": draw.weight(H, D)}
+    return loop(body, params, draw.normal(B, H), draw.normal(T, B, D))
+
+
+def complex_diagonal(draw: Draw, size: Size) -> Loop:
+    """The linear recurrent unit: complex eigenvalues inside the unit circle."""
+    B, T, D, H = size
+
+    def body(p):
+        eigenvalue = jnp.exp(-jnp.exp(p["log_rate"]) + 1j * p["angle"])
+
+        def step(h, x):
+            h = eigenvalue * h + x @ p["W"]
+            return h, jnp.tanh(h.real @ p["V"])
+
+        return step
+
+    params = {
+        "log_rate": draw.normal(H) - 2,
+        "angle": draw.normal(H),
+        "W": draw.weight(D, H),
+        "V": draw.weight(H, D),
+    }
+    init = lax.complex(draw.normal(B, H), draw.normal(B, H))
+    return loop(body, params, init, draw.normal(T, B, D))
+
+
+def moving_average(draw: Draw, size: Size) -> Loop:
+    """Elementwise alone: nothing to move out of the loop."""
+    B, T, _, H = size
+
+    def body(p):
+        def step(mean, x):
+            mean = p * mean + (1 - p) * x
+            return mean, x - mean
+
+        return step
+
+    return loop(body, jax.nn.sigmoid(draw.normal(H)), draw.normal(B, H), draw.normal(T, B, H))
+
+
+def weight_norm(draw: Draw, size: Size) -> Loop:
+    """The weight is normalised inside the step: work that need not be repeated."""
+    B, T, D, H = size
+
+    def body(p):
+        def step(h, x):
+            U = p["U"] / jnp.linalg.norm(p["U"], axis=0, keepdims=True)
+            h = jnp.tanh(x @ p["W"] + h @ U + p["b"])
+            return h, h
+
+        return step
+
+    return loop(body, draw.gates(1, D, H), draw.normal(B, H), draw.normal(T, B, D))
+
+
+def inner_scan(draw: Draw, size: Size) -> Loop:
+    """Three passes over the state at every step, in a loop inside the loop."""
+    B, T, D, H = size
+
+    def body(p):
+        def step(h, x):
+            drive = x @ p["W"] + p["b"]
+            h, _ = lax.scan(lambda h, _: (jnp.tanh(drive + h @ p["U"]), None), h, length=3)
+            return h, h
+
+        return step
+
+    return loop(body, draw.gates(1, D, H), draw.normal(B, H), draw.normal(T, B, D))
+
+
+def count(draw: Draw, size: Size) -> Loop:
+    """Integer state: how often each feature was positive, which scales a projection."""
+    B, T, D, H = size
+
+    def body(p):
+        def step(count, x):
+            count = count + (x > 0).astype(jnp.int32)
+            return count, (x / (1 + count)) @ p
+
+        return step
+
+    return loop(body, draw.weight(D, H), draw.integers(3, B, D), draw.normal(T, B, D))
+
+
+def kalman(draw: Draw, size: Size) -> Loop:
+    """A Kalman filter with H states and D measurements: small matrices, one solve per step."""
+    B, T, D, H = size
+
+    def body(p):
+        transition, emission, process, noise = p
+
+        def step(carry, y):
+            mean, covariance = carry
+            mean = mean @ transition.T
+            covariance = transition @ covariance @ transition.T + process @ process.T
+            innovation = y - mean @ emission.T
+            spread = emission @ covariance @ emission.T + noise @ noise.T + jnp.eye(D)
+            gain = jnp.linalg.solve(spread, emission @ covariance).mT
+            mean = mean + (gain @ innovation[..., None])[..., 0]
+            covariance = covariance - gain @ emission @ covariance
+            return (mean, covariance), innovation
+
+        return step
+
+    params = (
+        0.9 * draw.weight(H, H),
+        draw.weight(D, H),
+        draw.normal(H, H, scale=0.1),
+        draw.normal(D, D, scale=0.1),
+    )
+    init = (draw.normal(B, H), jnp.broadcast_to(jnp.eye(H), (B, H, H)))
+    return loop(body, params, init, draw.normal(T, B, D))
+
+
+def dropout(draw: Draw, size: Size) -> Loop:
+    """A random key in the state, and dropout between state and state."""
+    B, T, D, H = size
+
+    def body(p):
+        def step(carry, x):
+            key, h = carry
+            key, now = jax.random.split(key)
+            kept = jax.random.bernoulli(now, 0.9, h.shape)
+            h = jnp.tanh(x @ p["W"] + jnp.where(kept, h / 0.9, 0) @ p["U"] + p["b"])
+            return (key, h), h
+
+        return step
+
+    init = (jax.random.key(0), draw.normal(B, H))
+    return loop(body, draw.gates(1, D, H), init, draw.normal(T, B, D))
+
+
+def fast_weights(draw: Draw, size: Size) -> Loop:
+    """Linear attention: a matrix as state, written by outer products and read by queries."""
+    B, T, D, H = size
+
+    def body(p):
+        def step(memory, x):
+            q, k, v = jnp.split(x @ p, 3, axis=-1)
+            memory = 0.95 * memory + k[..., :, None] * v[..., None, :]
+            return memory, jnp.einsum("bk,bkv->bv", q, memory)
+
+        return step
+
+    return loop(body, draw.weight(D, 3 * H), draw.normal(B, H, H), draw.normal(T, B, D))
+
+
+def euler(draw: Draw, size: Size) -> Loop:
+    """One Euler step of a differential equation whose right side is a two-layer network."""
+    B, T, D, H = size
+
+    def body(p):
+        def step(h, x):
+            hidden = jnp.tanh(jnp.concatenate([h, x], axis=-1) @ p["W1"])
+            h = h + 0.1 * (hidden @ p["W2"])
+            return h, h
+
+        return step
+
+    params = {"W1": draw.weight(H + D, 2 * H), "W2": draw.weight(2 * H, H)}
+    return loop(body, params, draw.normal(B, H), draw.normal(T, B, D))

@@ -1,0 +1,308 @@
+"""Result files as Markdown: the README's short section, and all figures in full."""
+
+from collections.abc import Callable, Iterable
+from statistics import geometric_mean
+from typing import Any
+
+from benchmarks.results import speedup
+
+Result = dict[str, Any]
+Case = dict[str, Any]
+Name = tuple[str, str]
+
+# Columns of the README's tables: who computes the cell.
+COLUMNS: dict[str, Name] = {
+    "`lax.scan`": ("lax.scan", "naive"),
+    "Flax nnx": ("flax", "layer"),
+    "Haiku": ("haiku", "layer"),
+    "Keras 3": ("keras", "layer"),
+    "PyTorch": ("torch", "layer"),
+    "jaxrnn, naive step": ("jaxrnn", "naive"),
+    "`jaxrnn.cells`": ("jaxrnn", "cell"),
+}
+JAX_PEERS = (("lax.scan", "naive"), ("flax", "layer"), ("haiku", "layer"), ("keras", "layer"))
+CELLS = {"lstm": "LSTM", "gru": "GRU", "elman": "Elman"}
+NAIVE = {
+    "naive": "naive",
+    "four_matmuls": "four matmuls",
+    "concatenating": "concatenating",
+}
+KINDS = ("forward", "gradient")
+ABSENT = "-"
+
+
+def section(peers: Result, never_slower: Result | None) -> str:
+    """The README's section on one machine."""
+    parts = [
+        f"### {title(peers)}",
+        "Milliseconds, forward / forward+backward; the gradient goes to parameters and inputs. "
+        "The fastest in bold.",
+        *(_speed_table(peers, cell) for cell in ("lstm", "gru")),
+        "A naive step under `jaxrnn.rnn`, so many times faster than the same step under "
+        "`lax.scan`, forward / forward+backward:",
+        _naive_table(peers),
+        _summary(peers),
+        _remat_table(peers),
+    ]
+    if never_slower is not None:
+        parts.append(_never_slower_summary(never_slower))
+    return "\n\n".join(part for part in parts if part)
+
+
+def in_full(peers: Result, never_slower: Result | None) -> str:
+    """Every figure of one machine."""
+    parts = [f"## {title(peers)}", _versions(peers)]
+    for case in peers["cases"]:
+        parts += [_case_heading(case), _case_table(case)]
+    if never_slower is not None:
+        parts += [
+            "### Many steps against `lax.scan`",
+            _never_slower_summary(never_slower),
+            _never_slower_table(never_slower),
+        ]
+    return "\n\n".join(parts)
+
+
+def title(result: Result) -> str:
+    """The machine, as a heading names it."""
+    machine = result["machine"]
+    if machine["device"] == "cpu":
+        return f"CPU: {machine['cpu']}, {machine['cores']} cores"
+    driver = f", driver {machine['driver']}" if "driver" in machine else ""
+    return f"GPU: {machine.get('gpu', machine['device'])}{driver}"
+
+
+def candidate(case: Case, name: Name) -> dict[str, Any] | None:
+    """A candidate's figures in a case, if it took part."""
+    for figures in case["candidates"]:
+        if (figures["library"], figures["variant"]) == name:
+            return figures
+    return None
+
+
+def times_faster(case: Case, kind: str, slow: Name, fast: Name) -> float | None:
+    """How many times faster the second candidate is than the first, if both took part."""
+    a, b = candidate(case, slow), candidate(case, fast)
+    if a is None or b is None:
+        return None
+    return speedup(a[kind]["rounds_ms"], b[kind]["rounds_ms"])
+
+
+def speed_cases(result: Result, *cells: str) -> list[Case]:
+    """The cases on the grid, of some cells."""
+    return [c for c in result["cases"] if c["topic"] == "speed" and c["cell"] in cells]
+
+
+def size(case: Case) -> str:
+    """B,T,D,H."""
+    return ",".join(str(case[letter]) for letter in "BTDH")
+
+
+def _table(heading: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    heading = list(heading)
+    lines = [heading, ["---"] + ["---:"] * (len(heading) - 1), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _pair(render: Callable[[str], str | None]) -> str:
+    cells = [render(kind) for kind in KINDS]
+    return ABSENT if None in cells else " / ".join(map(str, cells))
+
+
+def _speed_table(result: Result, cell: str) -> str:
+    def row(case: Case) -> list[str]:
+        def milliseconds(kind: str, name: Name) -> float | None:
+            figures = candidate(case, name)
+            return None if figures is None else figures[kind]["median_ms"]
+
+        def shown(kind: str, name: Name) -> str | None:
+            value = milliseconds(kind, name)
+            if value is None:
+                return None
+            others = (milliseconds(kind, other) for other in COLUMNS.values())
+            fastest = min(other for other in others if other is not None)
+            return f"**{_number(value)}**" if value == fastest else _number(value)
+
+        entries = [_pair(lambda kind, name=name: shown(kind, name)) for name in COLUMNS.values()]
+        return [size(case), *entries]
+
+    return _table([f"{CELLS[cell]} B,T,D,H", *COLUMNS], map(row, speed_cases(result, cell)))
+
+
+def _naive_table(result: Result) -> str:
+    rows: dict[str, list[str]] = {}
+    sizes: dict[str, None] = {}
+    for case in speed_cases(result, *CELLS):
+        sizes[size(case)] = None
+        for variant, words in NAIVE.items():
+
+            def ratio(kind: str, case=case, variant=variant) -> str | None:
+                value = times_faster(case, kind, ("lax.scan", variant), ("jaxrnn", variant))
+                return None if value is None else f"{value:.2f}"
+
+            if candidate(case, ("jaxrnn", variant)) is not None:
+                label = f"{CELLS[case['cell']]}, {words}"
+                rows.setdefault(label, []).append(_pair(ratio))
+    return _table(["B,T,D,H", *sizes], ([label, *cells] for label, cells in rows.items()))
+
+
+def _summary(result: Result) -> str:
+    """Geometric means over the grid, for what has all its candidates."""
+    cases = speed_cases(result, "lstm", "gru")
+    own = ("jaxrnn", "cell")
+    lines = []
+    best_jax = [_best_ratio(case, JAX_PEERS, own) for case in cases]
+    lines += _mean_line("`jaxrnn.cells` against the fastest JAX peer", best_jax)
+    torch = [_best_ratio(case, (("torch", "layer"),), own) for case in cases]
+    lines += _mean_line("`jaxrnn.cells` against PyTorch", torch)
+    naive = [
+        times_faster(case, "gradient", ("lax.scan", variant), ("jaxrnn", variant))
+        for case in speed_cases(result, *CELLS)
+        for variant in NAIVE
+        if candidate(case, ("jaxrnn", variant)) is not None
+    ]
+    lines += _mean_line("naive steps against plain `lax.scan`", naive)
+    compilation = [
+        candidate(case, ("jaxrnn", variant))[kind]["compile_s"]
+        / candidate(case, ("lax.scan", variant))[kind]["compile_s"]
+        for case in speed_cases(result, *CELLS)
+        for variant in NAIVE
+        if candidate(case, ("jaxrnn", variant)) is not None
+        for kind in KINDS
+    ]
+    if compilation:
+        lines.append(
+            f"- compile time of a naive step, against plain `lax.scan`: "
+            f"{geometric_mean(compilation):.2f} times as long ({max(compilation):.2f} at most)"
+        )
+    return "Forward+backward over all sizes, geometric mean (least):\n\n" + "\n".join(lines)
+
+
+def _best_ratio(case: Case, peers: Iterable[Name], own: Name) -> float | None:
+    ratios = [times_faster(case, "gradient", peer, own) for peer in peers]
+    known = [ratio for ratio in ratios if ratio is not None]
+    return min(known) if known else None
+
+
+def _mean_line(label: str, ratios: list[float | None]) -> list[str]:
+    known = [ratio for ratio in ratios if ratio is not None]
+    if not known:
+        return []
+    return [f"- {label}: {geometric_mean(known):.2f} times as fast ({min(known):.2f})"]
+
+
+def _remat_table(result: Result) -> str:
+    cases = [case for case in result["cases"] if case["topic"] == "remat"]
+    if not cases:
+        return ""
+    names = {
+        "`lax.scan`": ("lax.scan", "naive"),
+        "jaxrnn": ("jaxrnn", "naive"),
+        "jaxrnn, `remat=True`": ("jaxrnn", "naive_remat"),
+    }
+
+    def entry(case: Case, name: Name) -> str:
+        figures = candidate(case, name)
+        if figures is None:
+            return ABSENT
+        gradient = figures["gradient"]
+        return f"{_mebibytes(gradient['temp_bytes'])} / {_number(gradient['median_ms'])}"
+
+    def against_plain(case: Case) -> list[str]:
+        plain, remat = names["`lax.scan`"], names["jaxrnn, `remat=True`"]
+        ratio = times_faster(case, "gradient", plain, remat)
+        if ratio is None:
+            return [ABSENT, ABSENT]
+        held = [candidate(case, name)["gradient"]["temp_bytes"] for name in (plain, remat)]
+        return [f"1/{held[0] / held[1]:.1f}", f"{ratio:.2f}"]
+
+    heading = ["B,T,D,H", *names, "its memory, of `lax.scan`'s", "times as fast"]
+    rows = (
+        [size(case), *(entry(case, name) for name in names.values()), *against_plain(case)]
+        for case in cases
+    )
+    words = "Memory and time of a naive LSTM's gradient, MiB / milliseconds:"
+    return f"{words}\n\n{_table(heading, rows)}"
+
+
+def _mebibytes(count: int | None) -> str:
+    return ABSENT if count is None else _number(count / 2**20)
+
+
+def _never_slower_summary(result: Result) -> str:
+    rows = result["steps"]
+    names = {row["name"] for row in rows}
+    lines = [f"{len(names)} different steps, {len(rows)} with their sizes, against `lax.scan`:\n"]
+    for kind, words in zip(KINDS, ("forward", "forward+backward"), strict=True):
+        ratios = [row[kind]["speedup"] for row in rows]
+        slowest = min(rows, key=lambda row: row[kind]["speedup"])
+        lines.append(
+            f"- {words}: {geometric_mean(ratios):.2f} times as fast in the geometric mean, "
+            f"{min(ratios):.2f} at least ({slowest['name']}, {slowest['size']}), "
+            f"{max(ratios):.2f} at most"
+        )
+    return "\n".join(lines)
+
+
+def _versions(result: Result) -> str:
+    machine = result["machine"]
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    return (
+        f"{machine['system']}, Python {machine['python']}, {versions}; measured on "
+        f"{result['date']} at commit {result['commit']}."
+    )
+
+
+def _case_heading(case: Case) -> str:
+    words = " (rematerialisation)" if case["topic"] == "remat" else ""
+    limit = case["gemm_gflops"]
+    gemm = f"; one large matmul: {_number(limit)} GFLOP/s" if limit else ""
+    return f"### {CELLS[case['cell']]} {size(case)}{words}{gemm}"
+
+
+def _case_table(case: Case) -> str:
+    columns = ("ms", "us/step", "GFLOP/s", "of matmul", "compile s", "MiB")
+
+    def entries(figures: dict[str, Any]) -> list[str]:
+        share, compile_s = figures["gemm_share"], figures["compile_s"]
+        return [
+            _number(figures["median_ms"]),
+            _number(figures["us_per_step"]),
+            _number(figures["gflops"]),
+            ABSENT if share is None else f"{share:.0%}",
+            ABSENT if compile_s is None else f"{compile_s:.2f}",
+            _mebibytes(figures["temp_bytes"]),
+        ]
+
+    heading = ["candidate", *columns, *(f"bwd {column}" for column in columns)]
+    rows = (
+        [
+            f"{figures['library']}, {figures['variant'].replace('_', ' ')}",
+            *entries(figures["forward"]),
+            *entries(figures["gradient"]),
+        ]
+        for figures in case["candidates"]
+    )
+    return _table(heading, rows)
+
+
+def _never_slower_table(result: Result) -> str:
+    def entries(figures: dict[str, Any]) -> list[str]:
+        return [
+            f"{figures['speedup']:.2f}" + " (same program)" * figures["same_program"],
+            f"{_number(figures['plain_ms'])} / {_number(figures['ours_ms'])}",
+            f"{figures['plain_compile_s']:.2f} / {figures['ours_compile_s']:.2f}",
+            f"{_mebibytes(figures['plain_temp_bytes'])} / {_mebibytes(figures['ours_temp_bytes'])}",
+        ]
+
+    columns = ("times as fast", "ms", "compile s", "MiB")
+    heading = ["step", "B,T,D,H", *columns, *(f"bwd {column}" for column in columns)]
+    rows = (
+        [row["name"], row["size"], *entries(row["forward"]), *entries(row["gradient"])]
+        for row in result["steps"]
+    )
+    return _table(heading, rows)

@@ -1,0 +1,255 @@
+"""The benchmarks' parts that no peer and no clock is needed for."""
+
+import json
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import cases, clock, problem, render, results
+from benchmarks.naive import NAIVE, STATES
+from benchmarks.pool import WorkerError, workers
+from benchmarks.steps import STEPS, Draw, Size, gradient_of
+from jaxrnn import cells, rnn
+
+# Five steps, in which the longest of `never_slower`'s patterns (every third step) shows twice.
+TINY = Size(2, 5, 3, 4)
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
+def test_a_step_computes_the_same_in_both_loops(step):
+    loop = step.make(Draw(), TINY)
+
+    def everything(run):
+        gradient, arguments = gradient_of(run, loop.arguments)
+        # Unoptimised code takes a third less to compile, and the values are all that counts here.
+        options = {"xla_backend_optimization_level": 0}
+        both = jax.jit(lambda a, b: (run(*a), gradient(*b)), compiler_options=options)
+        return both(loop.arguments, arguments)
+
+    expected, got = everything(loop.plain), everything(loop.ours)
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for ours, plain in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert ours.dtype == plain.dtype
+        np.testing.assert_allclose(numbers(ours), numbers(plain), rtol=2e-5, atol=2e-6)
+
+
+def numbers(leaf):
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(leaf) if is_key else leaf
+
+
+def test_never_slower_has_enough_steps_under_names_of_their_own():
+    names = [step.name for step in STEPS]
+    assert len(set(names)) == len(names) >= 16
+
+
+def tiny_case(cell):
+    (case,) = (
+        case for case in cases.cases(True, [TINY], ["lax.scan", "jaxrnn"]) if case.cell == cell
+    )
+    return case
+
+
+@pytest.mark.parametrize(("cell", "variant"), NAIVE)
+def test_naive_steps_compute_what_the_reference_does(cell, variant):
+    made = problem.make(tiny_case(cell))
+    naive = NAIVE[cell, variant]
+    states = [jnp.zeros((TINY.B, TINY.H))] * STATES[cell]
+    params = jax.tree.map(jnp.asarray, naive.arrange(made.weights))
+    _, outputs, _ = rnn(naive.step(params), made.inputs, states)
+    np.testing.assert_allclose(outputs, made.reference, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "cell"),
+    [
+        ("lstm", cells.lstm(TINY.H)),
+        ("gru", cells.gru(TINY.H)),
+        ("elman", cells.simple_rnn(TINY.H)),
+    ],
+)
+def test_own_cells_compute_what_the_reference_does(name, cell):
+    made = problem.make(tiny_case(name))
+    params = jax.tree.map(jnp.asarray, made.weights)
+    _, outputs, _ = rnn(cell.step(params), made.inputs, cell.initial_states(TINY.B))
+    np.testing.assert_allclose(outputs, made.reference, rtol=2e-5, atol=2e-6)
+
+
+def test_a_problem_survives_its_file(tmp_path):
+    made = problem.make(tiny_case("gru"))
+    path = tmp_path / "problem.npz"
+    problem.save(made, path)
+    jax.tree.map(np.testing.assert_array_equal, made, problem.load(str(path)))
+
+
+def test_a_worker_prepares_measures_and_reports_its_errors(tmp_path):
+    path = tmp_path / "problem.npz"
+    problem.save(problem.make(tiny_case("elman")), path)
+    with workers(["lax.scan"]) as pool:
+        worker = pool["lax.scan"]
+        assert set(worker.ask("describe")["versions"]) == {"jax", "jaxlib"}
+        reply = worker.ask("prepare", case="elman", variant="naive", path=str(path))
+        assert reply["output_error"] < 1e-5
+        assert reply["input_gradient_norm"] > 0
+        assert reply["calls"]["gradient"]["temp_bytes"] > 0
+        for kind in ("forward", "gradient"):
+            measured = worker.ask(
+                "measure", candidate=reply["candidate"], kind=kind, repeats=2, warm_up=True
+            )
+            assert measured["seconds"] > 0
+        with pytest.raises(WorkerError, match=r"lax\.scan failed on .*no such step"):
+            worker.ask("prepare", case="elman", variant="no such step", path=str(path))
+
+
+def test_a_worker_that_dies_says_why():
+    with workers(["no.such.library"]) as pool, pytest.raises(WorkerError, match="No module named"):
+        pool["no.such.library"].ask("describe")
+
+
+def test_plan_gives_long_calls_few_rounds_and_short_calls_many_repeats():
+    effort = {"budget_s": 2.0, "visit_s": 0.05, "max_rounds": 20}
+    assert clock.plan([1e-4, 1e-3], **effort) == (20, [500, 50])
+    assert clock.plan([0.2, 0.01], **effort) == (10, [1, 5])
+    assert clock.plan([3.0], **effort) == (clock.MIN_ROUNDS, [1])
+
+
+def test_speedup_is_taken_within_rounds():
+    # The machine slows down tenfold after two rounds; the ratio does not notice.
+    assert results.speedup([2, 2, 20, 20, 20], [1, 1, 10, 10, 10]) == 2
+
+
+@pytest.mark.parametrize("kind", ["forward", "gradient"])
+def test_operations_are_those_of_the_matmuls(kind):
+    made = tiny_case("lstm")
+    per_step = 2 * TINY.B * (TINY.D + TINY.H) * 4 * TINY.H
+    assert made.operations(kind) == TINY.T * per_step * {"forward": 1, "gradient": 3}[kind]
+
+
+# Milliseconds per candidate in the synthetic result, times three for the gradient.
+MILLISECONDS = {
+    ("lax.scan", "naive"): 12.0,
+    ("lax.scan", "four_matmuls"): 18.0,
+    ("flax", "layer"): 8.0,
+    ("haiku", "layer"): 10.0,
+    ("jaxrnn", "naive"): 5.0,
+    ("jaxrnn", "cell"): 4.0,
+}
+MACHINE = {"device": "cpu", "cpu": "Example 9000", "cores": 2, "system": "Linux", "python": "3"}
+
+
+def synthetic_results():
+    """A result without PyTorch whose rounds differ by the machine's moods alone."""
+    moods = [random.Random(0).uniform(1, 2) for _ in range(5)] + [1.0] * 6
+
+    def figures(candidate, kind):
+        library, variant = candidate
+        milliseconds = MILLISECONDS.get(candidate, 6.0) * (3 if kind == "gradient" else 1)
+        return {
+            "median_ms": milliseconds,
+            "us_per_step": 1.0,
+            "gflops": 50.0,
+            "gemm_share": 0.125,
+            "compile_s": 0.3 if library == "jaxrnn" else 0.2,
+            "temp_bytes": 2**20 if variant == "naive_remat" else 2**24,
+            "rounds_ms": [milliseconds * mood for mood in moods],
+        }
+
+    def measured(case):
+        candidates = [
+            {"library": candidate[0], "variant": candidate[1], "output_error": 0.0}
+            | {kind: figures(candidate, kind) for kind in ("forward", "gradient")}
+            for candidate in case.candidates
+            if candidate != cases.GEMM
+        ]
+        return case.as_dict() | {"gemm_gflops": 400.0, "candidates": candidates}
+
+    def compared(speedup):
+        sides = {"plain_ms": 3.0, "ours_ms": 2.0, "plain_compile_s": 0.1, "ours_compile_s": 0.2}
+        sizes = {"plain_temp_bytes": 2**22, "ours_temp_bytes": 2**21}
+        return {"speedup": speedup, "rounds": 5, "same_program": False} | sides | sizes
+
+    heading = {"date": "2030-01-01", "commit": "abc", "quick": False, "machine": MACHINE}
+    heading |= {"versions": {"jax": "1.0"}}
+    libraries = [library for library in cases.LIBRARIES if library != "torch"]
+    steps = [
+        {"name": step.name, "size": str(size)}
+        | {"forward": compared(1.0 + 0.01 * i), "gradient": compared(2.0 - 0.01 * i)}
+        for i, step in enumerate(STEPS)
+        for size in step.sizes
+    ]
+    return (
+        heading | {"cases": [measured(case) for case in cases.cases(False, [], libraries)]},
+        heading | {"steps": steps},
+    )
+
+
+@pytest.fixture
+def rendered(tmp_path):
+    """A repository with synthetic results in it: its README and its tables as rendered."""
+    directory = tmp_path / "benchmarks" / "results"
+    directory.mkdir(parents=True)
+    peers, never_slower = synthetic_results()
+    (directory / "peers-cpu.json").write_text(json.dumps(peers))
+    (directory / "never_slower-cpu.json").write_text(json.dumps(never_slower))
+    (tmp_path / "README.md").write_text(
+        f"before\n{render.BEGIN}\nstale text\n{render.END}\nafter\n"
+    )
+    documents = render.documents(tmp_path)
+    return documents[tmp_path / "README.md"], documents[directory / "tables.md"]
+
+
+def test_readme_keeps_what_stands_around_the_section(rendered):
+    readme, _ = rendered
+    assert readme.startswith(f"before\n{render.BEGIN}\n### CPU: Example 9000, 2 cores\n")
+    assert readme.endswith(f"\n{render.END}\nafter\n")
+    assert "stale text" not in readme
+
+
+def test_readme_shows_milliseconds_with_the_fastest_in_bold(rendered):
+    readme, _ = rendered
+    row = "| 16,512,128,256 | 12 / 36 | 8 / 24 | 10 / 30 | 6 / 18 | - | 5 / 15 | **4** / **12** |"
+    assert readme.count(row) == 2  # LSTM and GRU
+
+
+def test_readme_shows_ratios_within_rounds(rendered):
+    readme, _ = rendered
+    assert "| LSTM, naive | 2.40 / 2.40 |" in readme
+    assert "| LSTM, four matmuls | 3.00 / 3.00 |" in readme
+    assert "against the fastest JAX peer: 1.50 times as fast (1.50)" in readme
+    assert "1.50 times as long (1.50 at most)" in readme
+    assert "against PyTorch" not in readme
+    assert "| 16,8192,64,128 | 16 / 36 | 16 / 15 | 1 / 18 | 1/16.0 | 2.00 |" in readme
+
+
+def test_readme_names_the_slowest_step(rendered):
+    readme, _ = rendered
+    last = STEPS[-1]
+    assert f"{2.0 - 0.01 * (len(STEPS) - 1):.2f} at least ({last.name}, " in readme
+    assert "1.00 at least (Elman, 1,100,4,4)" in readme
+
+
+def test_tables_hold_every_candidate_and_step(rendered):
+    _, full = rendered
+    lstm, gru, elman, remat = (3 + 3 + 4), (1 + 3 + 2), (1 + 2 + 2), 3
+    candidates = [line for line in full.splitlines() if line.count(" | ") == 12]
+    headings = [line for line in candidates if line.startswith(("| candidate", "| ---"))]
+    assert len(candidates) - len(headings) == 5 * (lstm + gru + elman) + 2 * remat
+    assert all(f"| {step.name} | {size} |" in full for step in STEPS for size in step.sizes)
+
+
+def test_a_readme_without_markers_is_an_error(tmp_path):
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "README.md").write_text("nothing here")
+    assert render.documents(tmp_path) == {}
+    peers, _ = synthetic_results()
+    (tmp_path / "benchmarks" / "results" / "peers-cpu.json").write_text(json.dumps(peers))
+    with pytest.raises(ValueError, match="speed:begin"):
+        render.documents(tmp_path)
+
+
+def test_readme_and_tables_are_what_the_committed_results_say():
+    for path, text in render.documents().items():
+        assert path.read_text() == text, f"{path.name} is stale: python -m benchmarks.render"
