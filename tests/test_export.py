@@ -1,0 +1,80 @@
+"""Exported once with symbolic batch and time, a call serves every size."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import CASES, assert_same, reference_rnn
+from jax import export
+
+import jaxrnn
+
+SIZES = ((3, 7), (1, 1), (2, 12))
+
+
+def symbolic(arguments, batch, time):
+    """Shapes of a case's arguments with their axes B and T replaced by symbols."""
+    b, t = export.symbolic_shape("b, t")
+
+    def shape(leaf, leading):
+        return jax.ShapeDtypeStruct((*leading, *leaf.shape[len(leading) :]), leaf.dtype)
+
+    return arguments._replace(
+        inputs=jax.tree.map(lambda leaf: shape(leaf, (b, t)), arguments.inputs),
+        initial_states=jax.tree.map(lambda leaf: shape(leaf, (b,)), arguments.initial_states),
+    ), jax.ShapeDtypeStruct((b, t), bool)
+
+
+@pytest.mark.parametrize("flags", [{}, {"go_backwards": True, "remat": True}])
+@pytest.mark.parametrize("name", ["lstm", "nested_inputs_and_outputs"])
+def test_symbolic_batch_and_time(name, flags):
+    case = CASES[name]
+    shapes, _ = symbolic(case.arguments(), *SIZES[0])
+    run = jax.jit(
+        lambda *a: case.call(
+            jaxrnn.rnn, jnp, shapes._replace(params=a[0], inputs=a[1], initial_states=a[2]), **flags
+        )
+    )
+    exported = export.export(run)(*shapes[:3])
+    for batch, time in SIZES:
+        arguments = case.arguments(batch, time)
+        actual = exported.call(*arguments[:3])
+        assert_same(actual, case.call(reference_rnn, np, arguments, **flags))
+
+
+def test_symbolic_with_mask_lengths_and_reset():
+    case = CASES["readout"]
+    shapes, pattern = symbolic(case.arguments(), *SIZES[0])
+    lengths = jax.ShapeDtypeStruct(pattern.shape[:1], jnp.int32)
+
+    def flags(mask, input_length, reset):
+        return {"mask": mask, "input_length": input_length, "reset": reset, "go_backwards": True}
+
+    def run(params, inputs, initial_states, *patterns):
+        arguments = shapes._replace(params=params, inputs=inputs, initial_states=initial_states)
+        return case.call(jaxrnn.rnn, jnp, arguments, **flags(*patterns))
+
+    exported = export.export(jax.jit(run))(*shapes[:3], pattern, lengths, pattern)
+    for batch, time in SIZES:
+        rng = np.random.default_rng(time)
+        arguments = case.arguments(batch, time)
+        mask, reset = rng.random((2, batch, time)) > 0.4
+        patterns = (mask, rng.integers(0, time + 2, batch, np.int32), reset)
+        actual = exported.call(*arguments[:3], *patterns)
+        assert_same(actual, case.call(reference_rnn, np, arguments, **flags(*patterns)))
+
+
+def test_the_gradient_of_an_export():
+    case = CASES["simple_rnn"]
+    shapes, _ = symbolic(case.arguments(), *SIZES[0])
+
+    def loss(params, inputs, initial_states):
+        arguments = shapes._replace(params=params, inputs=inputs, initial_states=initial_states)
+        return (case.call(jaxrnn.rnn, jnp, arguments)[1] ** 2).sum()
+
+    exported = export.export(jax.jit(loss))(
+        *shapes[:3],
+    )
+    arguments = case.arguments()
+    actual = jax.grad(exported.call)(*arguments[:3])
+    assert_same(actual, jax.grad(loss)(*arguments[:3]), scale=10)

@@ -1,0 +1,281 @@
+"""A masked step leaves no trace: not in outputs, not in states, not in gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import (
+    CASES,
+    GAPS,
+    LENGTHS,
+    assert_identical,
+    assert_same,
+    cast_floats,
+    numerical_gradient,
+    reference_rnn,
+    scalar_of,
+    valid_steps,
+    with_padding,
+)
+
+import jaxrnn
+
+PADDINGS = (np.nan, np.inf, -np.inf, 1e30)
+PADDED_CASES = (
+    "lstm",
+    "readout",
+    "nested_inputs_and_outputs",
+    "rank_1_state",
+    "rank_3_state",
+    "counter",
+    "boolean_state",
+    "constants",
+    "no_output",
+)
+
+
+def results_and_gradients(call):
+    """Compiles ``call(inputs, rest) -> results`` with its gradient with respect to both."""
+
+    def loss(inputs, rest):
+        results = call(inputs, rest)
+        return scalar_of(results), results
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True, allow_int=True))
+
+
+def case_call(case, **flags):
+    def call(inputs, rest):
+        params, states, constants = rest
+        step = case.make_step(jnp, params)
+        return jaxrnn.rnn(step, inputs, states, constants=constants, **flags)
+
+    return call
+
+
+@pytest.mark.parametrize("name", PADDED_CASES)
+def test_padding_of_any_value_changes_no_result_and_no_gradient(name):
+    case = CASES[name]
+    zeroed = PADDED_CASES.index(name) % 2 == 1
+    flags = {"zero_output_for_mask": zeroed, "go_backwards": zeroed}
+    params, inputs, states, constants = case.arguments()
+    rest = (params, states, constants)
+    run = results_and_gradients(case_call(case, mask=GAPS, input_length=LENGTHS, **flags))
+    valid = valid_steps(*GAPS.shape, GAPS, LENGTHS)
+    (_, results), gradients = run(with_padding(inputs, valid, 0.0), rest)
+    for padding in PADDINGS:
+        (_, padded_results), padded = run(with_padding(inputs, valid, padding), rest)
+        assert_identical(padded_results, results)
+        assert_identical(padded, gradients)
+    for leaf in jax.tree.leaves(gradients[0]):
+        assert np.all(np.asarray(leaf)[~valid] == 0.0)
+        assert np.any(np.asarray(leaf)[valid] != 0.0)
+
+
+@pytest.mark.parametrize("flags", [{"unroll": True}, {"remat": True}, {"time_major": True}])
+def test_padding_is_invisible_on_every_path(flags):
+    case = CASES["readout"]
+    params, inputs, states, _ = case.arguments()
+    arrange = (lambda x: x.swapaxes(0, 1)) if flags.get("time_major") else (lambda x: x)
+    run = results_and_gradients(case_call(case, mask=arrange(GAPS), **flags))
+    plain = run(arrange(with_padding(inputs, GAPS, 0.0)), (params, states, None))
+    padded = run(arrange(with_padding(inputs, GAPS, np.nan)), (params, states, None))
+    assert_identical(padded, plain)
+
+
+def log_step(xp, p):
+    """Singular at zero: the derivative of log."""
+
+    def step(x, states):
+        h = xp.tanh(xp.log(x) @ p["w"] + states[0] @ p["u"])
+        return h, [h]
+
+    return step
+
+
+def normalising_step(xp, p):
+    """Singular at any constant vector: the derivative of the standard deviation at zero."""
+
+    def step(x, states):
+        centred = x - x.mean(axis=-1, keepdims=True)
+        scaled = centred / xp.sqrt((centred**2).mean(axis=-1, keepdims=True))
+        h = xp.tanh(scaled @ p["w"] + states[0] @ p["u"])
+        return h, [h]
+
+    return step
+
+
+@pytest.mark.parametrize("make_step", [log_step, normalising_step])
+@pytest.mark.parametrize("unroll", [False, True])
+def test_gradients_stay_finite_for_a_step_singular_at_the_padding(make_step, unroll):
+    rng = np.random.default_rng(1)
+    inputs = rng.uniform(0.5, 2.0, (3, 7, 4)).astype(np.float32)
+    rest = (
+        {"w": rng.normal(size=(4, 4)).astype(np.float32), "u": np.eye(4, dtype=np.float32)},
+        [rng.normal(size=(3, 4)).astype(np.float32)],
+    )
+
+    def call(rnn, xp, inputs, rest, **flags):
+        return rnn(make_step(xp, rest[0]), inputs, rest[1], mask=GAPS, **flags)
+
+    run = results_and_gradients(lambda x, r: call(jaxrnn.rnn, jnp, x, r, unroll=unroll))
+    (_, results), gradients = run(with_padding(inputs, GAPS, 0.0), rest)
+    assert_same(results, call(reference_rnn, np, inputs, rest))
+    expected = numerical_gradient(
+        lambda both: scalar_of(call(reference_rnn, np, *both), np), (inputs, rest)
+    )
+    assert_same(gradients, cast_floats(expected, np.float32), scale=10)
+    for padding in (np.nan, -1.0):
+        (_, padded_results), padded = run(with_padding(inputs, GAPS, padding), rest)
+        assert_identical(padded_results, results)
+        assert_identical(padded, gradients)
+
+
+@pytest.mark.parametrize("make_step", [log_step, normalising_step])
+def test_gradients_stay_finite_when_every_step_of_every_sample_is_masked(make_step):
+    rng = np.random.default_rng(2)
+    params = {"w": rng.normal(size=(4, 4)).astype(np.float32), "u": np.eye(4, dtype=np.float32)}
+    states = [rng.normal(size=(3, 4)).astype(np.float32)]
+
+    def call(inputs, rest):
+        return jaxrnn.rnn(make_step(jnp, rest[0]), inputs, rest[1], mask=np.zeros((3, 7)))
+
+    (_, results), (inputs_gradient, (params_gradient, states_gradient)) = results_and_gradients(
+        call
+    )(np.zeros((3, 7, 4), np.float32), (params, states))
+    last_output, outputs, new_states = results
+    np.testing.assert_array_equal(last_output, states[0])
+    np.testing.assert_array_equal(outputs, np.repeat(states[0][:, None], 7, axis=1))
+    assert_identical(new_states, states)
+    assert not np.any(inputs_gradient)
+    assert not any(np.any(leaf) for leaf in params_gradient.values())
+    expected = numerical_gradient(
+        lambda s: scalar_of((s, np.repeat(s[:, None], 7, axis=1), [s]), np), states[0]
+    )
+    assert_same(states_gradient, [cast_floats(expected, np.float32)])
+
+
+def test_tangents_of_masked_inputs_are_not_felt():
+    case = CASES["readout"]
+    params, inputs, states, _ = case.arguments()
+    call = lambda x: case_call(case, mask=GAPS)(x, (params, states, None))  # noqa: E731
+    tangent = np.ones_like(inputs)
+    jvp = jax.jit(lambda x, dx: jax.jvp(call, (x,), (dx,)))
+    expected = jvp(inputs, with_padding(tangent, GAPS, 0.0))
+    actual = jvp(with_padding(inputs, GAPS, np.nan), with_padding(tangent, GAPS, 5.0))
+    assert_identical(actual, expected)
+
+
+@pytest.mark.parametrize("shape", ["same", "other"])
+def test_before_the_first_valid_step_the_output_is_the_first_state_or_zero(shape):
+    units = 4 if shape == "same" else 5
+    states = [jnp.full((2, 4), 7.0), jnp.full((2, units), 3.0)]
+
+    def step(x, states):
+        return states[1] + x[:, :1], [states[0], states[1] + 1.0]
+
+    mask = np.array([[0, 0, 1, 0], [0, 0, 0, 0]])
+    last_output, outputs, new_states = jaxrnn.rnn(step, jnp.ones((2, 4, 3)), states, mask=mask)
+    first = 7.0 if shape == "same" else 0.0
+    np.testing.assert_array_equal(outputs[0, :, 0], [first, first, 4.0, 4.0])
+    np.testing.assert_array_equal(outputs[1, :, 0], [first] * 4)
+    np.testing.assert_array_equal(last_output[:, 0], [4.0, first])
+    np.testing.assert_array_equal(new_states[1][:, 0], [4.0, 3.0])
+
+
+def test_the_first_state_must_match_the_output_in_structure_too():
+    state = {"h": jnp.full((2, 4), 7.0)}
+    mask = np.zeros((2, 3))
+
+    def bare_output(x, states):
+        return states[0]["h"], states
+
+    def dict_output(x, states):
+        return states[0], states
+
+    last_output, _, _ = jaxrnn.rnn(bare_output, jnp.ones((2, 3, 1)), [state], mask=mask)
+    np.testing.assert_array_equal(last_output, jnp.zeros((2, 4)))
+    last_output, _, _ = jaxrnn.rnn(dict_output, jnp.ones((2, 3, 1)), [state], mask=mask)
+    np.testing.assert_array_equal(last_output["h"], state["h"])
+
+
+def test_a_held_output_keeps_the_dtype_of_the_output():
+    def step(x, states):
+        return states[0].astype(jnp.bfloat16), [states[0] + 1.0]
+
+    state = jnp.full((2, 4), 7.0)
+    mask = np.array([[0, 1, 0], [0, 0, 0]])
+    last_output, outputs, (new_state,) = jaxrnn.rnn(step, jnp.ones((2, 3, 1)), [state], mask=mask)
+    assert last_output.dtype == outputs.dtype == jnp.bfloat16
+    assert new_state.dtype == jnp.float32
+    np.testing.assert_array_equal(outputs[..., 0].astype(jnp.float32), np.full((2, 3), 7.0))
+
+
+@pytest.mark.parametrize("return_all_outputs", [True, False])
+def test_last_output_is_the_latest_valid_one_even_where_rows_are_zeroed(return_all_outputs):
+    def step(x, states):
+        return x, states
+
+    inputs = jnp.arange(1.0, 13.0).reshape(3, 4, 1)
+    mask = np.array([[1, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]])
+    last_output, outputs, _ = jaxrnn.rnn(
+        step,
+        inputs,
+        jnp.full((3, 1), 50.0),
+        mask=mask,
+        zero_output_for_mask=True,
+        return_all_outputs=return_all_outputs,
+    )
+    np.testing.assert_array_equal(last_output[:, 0], [2.0, 8.0, 0.0])
+    rows = inputs[..., 0] * mask
+    np.testing.assert_array_equal(outputs[..., 0], rows if return_all_outputs else rows[:, -1:])
+
+
+@pytest.mark.parametrize("setting", ["mask", "reset"])
+def test_a_random_key_in_the_state_always_moves_on(setting):
+    key = jax.random.key(3)
+    inputs = np.zeros((2, 4, 3), np.float32)
+    pattern = np.array([[0, 1, 0, 0], [0, 0, 0, 1]], bool)
+
+    def step(x, states):
+        noise, key = states
+        key, now = jax.random.split(key)
+        noise = noise + jax.random.normal(now, noise.shape)
+        return noise, [noise, key]
+
+    noise, expected_key, rows = jnp.zeros((2, 3)), key, []
+    for t in range(4):
+        if setting == "reset":
+            noise = jnp.stack([jnp.zeros(3) if pattern[b, t] else noise[b] for b in range(2)])
+        new, (_, expected_key) = step(None, [noise, expected_key])
+        held = pattern[:, t] if setting == "mask" else [True, True]
+        noise = jnp.stack([new[b] if held[b] else noise[b] for b in range(2)])
+        rows.append(noise)
+    last_output, outputs, states = jaxrnn.rnn(
+        step, inputs, [jnp.zeros((2, 3)), key], **{setting: pattern}
+    )
+    assert_same(last_output, rows[-1])
+    assert_same(outputs, jnp.stack(rows, axis=1))
+    assert_same(states, [rows[-1], expected_key])
+
+
+def test_masks_of_every_form_say_the_same():
+    case = CASES["rank_1_state"]
+    arguments = case.arguments()
+    expected = case.call(jaxrnn.rnn, jnp, arguments, mask=GAPS)
+    for mask in (
+        jnp.asarray(GAPS)[..., None],
+        GAPS.astype(np.int8),
+        GAPS.astype(np.uint8)[..., None],
+        -0.25 * GAPS.astype(np.float32),
+        jnp.asarray(GAPS, jnp.bfloat16),
+    ):
+        assert_identical(case.call(jaxrnn.rnn, jnp, arguments, mask=mask), expected)
+
+
+def test_a_mask_of_ones_is_no_mask():
+    case = CASES["counter"]
+    arguments = case.arguments()
+    expected = case.call(jaxrnn.rnn, jnp, arguments)
+    assert_same(case.call(jaxrnn.rnn, jnp, arguments, mask=np.ones((3, 7))), expected)
+    assert_same(case.call(jaxrnn.rnn, jnp, arguments, input_length=7), expected)

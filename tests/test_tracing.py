@@ -1,0 +1,163 @@
+"""The step is traced a few times at most, and not at all when the same call comes again."""
+
+import gc
+import weakref
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import CASES, GAPS, RESETS, assert_same, reference_rnn
+
+import jaxrnn
+
+X = np.ones((3, 7, 2), np.float32)
+H = np.ones((3, 2), np.float32)
+
+
+def counting_step():
+    """A step and the list that grows by one whenever Python runs it."""
+    calls = []
+
+    def step(x, states):
+        calls.append(None)
+        h = jnp.tanh(x + states[0])
+        return h, [h]
+
+    return step, calls
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"masked": True}, {"remat": True}, {"unroll": 4}],
+    ids=["plain", "masked", "remat", "unrolled"],
+)
+def test_the_number_of_traces_does_not_grow_with_time(flags):
+    flags = dict(flags)
+    masked = flags.pop("masked", False)
+    counts = []
+    for time in (5, 50, 500):
+        step, calls = counting_step()
+        mask = np.ones((3, time), bool) if masked else None
+        jaxrnn.rnn(step, np.ones((3, time, 2), np.float32), [H], mask=mask, **flags)
+        counts.append(len(calls))
+    # A sequence shorter than a block may need fewer traces, never more.
+    assert counts[0] <= counts[1] == counts[2]
+    assert counts[2] <= 8
+
+
+def test_the_number_of_traces_of_a_gradient_does_not_grow_with_time():
+    counts = []
+    for time in (50, 500):
+        step, calls = counting_step()
+        jax.grad(lambda x, step=step: jaxrnn.rnn(step, x, [H])[0].sum())(jnp.ones((3, time, 2)))
+        counts.append(len(calls))
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("flags", [{}, {"mask": GAPS, "reset": RESETS, "remat": True}])
+def test_a_second_eager_call_of_the_same_shapes_traces_nothing(flags):
+    step, calls = counting_step()
+    jaxrnn.rnn(step, X, [H], **flags)
+    before = len(calls)
+    other = {name: ~value if name in {"mask", "reset"} else value for name, value in flags.items()}
+    actual = jaxrnn.rnn(step, 2.0 * X, [3.0 * H], **other)
+    assert len(calls) == before
+
+    def plain(x, states):
+        h = np.tanh(x + states[0])
+        return h, [h]
+
+    assert_same(actual, reference_rnn(plain, 2.0 * X, [3.0 * H], **other))
+
+
+def test_states_handed_on_trace_nothing_new():
+    """Streaming: new_states are as good as the initial states that the call began with."""
+    step, calls = counting_step()
+    _, _, states = jaxrnn.rnn(step, X, [jnp.full((3, 2), 0.0)])
+    before = len(calls)
+    for _ in range(3):
+        _, _, states = jaxrnn.rnn(step, X, states)
+    assert len(calls) == before
+
+
+def test_a_second_call_under_jit_traces_nothing():
+    case = CASES["lstm"]
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def run(arguments):
+        return case.call(jaxrnn.rnn, jnp, arguments, mask=GAPS)
+
+    for seed in range(3):
+        run(case.arguments(seed=seed))
+
+
+def test_a_training_step_traces_once():
+    case = CASES["simple_rnn"]
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def update(params, arguments):
+        def loss(params):
+            moved = arguments._replace(params=params)
+            return case.call(jaxrnn.rnn, jnp, moved, mask=GAPS, remat=True)[0].sum()
+
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(loss)(params))
+
+    params = case.arguments().params
+    for seed in range(3):
+        params = update(params, case.arguments(seed=seed))
+
+
+def test_a_step_and_what_it_closes_over_are_freed():
+    step, _ = counting_step()
+    jaxrnn.rnn(step, X, [H])
+    freed = weakref.ref(step)
+    del step
+    gc.collect()
+    assert freed() is None
+
+
+class Cell:
+    """A step with an identity of its own, as cells of module libraries are."""
+
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __call__(self, x, states):
+        h = self.scale * states[0] + x
+        return h, [h]
+
+    def step(self, x, states):
+        return self(x, states)
+
+
+@pytest.mark.parametrize("how", ["callable", "method", "partial"])
+def test_steps_of_other_kinds(how):
+    """Callable objects, bound methods and partials: each result is that of its own object."""
+    for scale in (1.0, 2.0):
+        cell = Cell(scale)
+        step = {
+            "callable": cell,
+            "method": cell.step,
+            "partial": jax.tree_util.Partial(cell.step),
+        }[how]
+        last_output, _, _ = jaxrnn.rnn(step, X[:, :2], [H])
+        np.testing.assert_array_equal(last_output, np.full((3, 2), scale * (scale + 1) + 1))
+
+
+def test_no_tracer_leaks():
+    case = CASES["simple_rnn"]
+    arguments = case.arguments()
+
+    def loss(params):
+        moved = arguments._replace(params=params)
+        return case.call(jaxrnn.rnn, jnp, moved, mask=GAPS)[0].sum()
+
+    with jax.checking_leaks():
+        jax.grad(loss)(jax.tree.map(jnp.asarray, arguments.params))
+        jax.jit(jax.grad(loss))(arguments.params)
