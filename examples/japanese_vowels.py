@@ -82,8 +82,7 @@ def train(train_set, test_set, epochs, seed):
     steps = count // BATCH
     params_key, order_key, noise_key = jax.random.split(jax.random.key(seed), 3)
     params = init(params_key, features)
-    optimizer = optax.adamw(optax.cosine_decay_schedule(LEARNING_RATE, epochs * steps))
-    optimizer_state = optimizer.init(params)
+    optimizer_state = make_optimizer(epochs * steps).init(params)
 
     history = []
     progress = tqdm(range(epochs), desc="training", unit="epoch")
@@ -92,8 +91,8 @@ def train(train_set, test_set, epochs, seed):
         for step, rows in enumerate(np.asarray(order)[: steps * BATCH].reshape(steps, BATCH)):
             batch = {name: array[rows] for name, array in train_set.items()}
             key = jax.random.fold_in(noise_key, epoch * steps + step)
-            params, optimizer_state = update(optimizer, params, optimizer_state, batch, key)
-        history.append([evaluate(params, part) for part in (train_set, test_set)])
+            params, optimizer_state = update(epochs * steps, params, optimizer_state, batch, key)
+        history.append([evaluate(params, part)[:2] for part in (train_set, test_set)])
         (_, train_accuracy), (_, test_accuracy) = history[-1]
         progress.set_postfix_str(f"train {train_accuracy:.1%}, test {test_accuracy:.1%}")
     return params, np.array(history)
@@ -109,12 +108,18 @@ def init(key, features):
     return {"forward": forward, "backward": backward, "readout": readout, "bias": bias}
 
 
+def make_optimizer(total_steps):
+    """Adam with weight decay; the learning rate falls to zero along a cosine."""
+    return optax.adamw(optax.cosine_decay_schedule(LEARNING_RATE, total_steps))
+
+
 @partial(jax.jit, static_argnums=0)
-def update(optimizer, params, optimizer_state, batch, key):
+def update(total_steps, params, optimizer_state, batch, key):
     """One step of the optimiser on a batch with Gaussian noise added to its inputs."""
     noise = NOISE * jax.random.normal(key, batch["inputs"].shape)
     noisy = batch | {"inputs": batch["inputs"] + noise}
     gradient = jax.grad(lambda params: cross_entropy(scores(params, noisy), noisy))(params)
+    optimizer = make_optimizer(total_steps)
     updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)
     return optax.apply_updates(params, updates), optimizer_state
 
@@ -141,16 +146,17 @@ def cross_entropy(logits, part):
 
 @jax.jit
 def evaluate(params, part):
-    """Loss and accuracy, without noise."""
+    """Loss, accuracy and the speakers recognised `[B]`, without noise."""
     logits = scores(params, part)
-    return cross_entropy(logits, part), jnp.mean(jnp.argmax(logits, axis=-1) == part["speakers"])
+    recognised = jnp.argmax(logits, axis=-1)
+    return cross_entropy(logits, part), jnp.mean(recognised == part["speakers"]), recognised
 
 
 def count_confusions(params, part):
     """`[SPEAKERS, SPEAKERS]`: how often the speaker of a row was taken for that of a column."""
-    recognised = np.asarray(jnp.argmax(jax.jit(scores)(params, part), axis=-1))
+    _, _, recognised = evaluate(params, part)
     confusion = np.zeros((SPEAKERS, SPEAKERS), int)
-    np.add.at(confusion, (part["speakers"], recognised), 1)
+    np.add.at(confusion, (part["speakers"], np.asarray(recognised)), 1)
     return confusion
 
 
@@ -167,9 +173,12 @@ def draw(history, confusion, path):
 
     panels["loss"].set(yscale="log", ylabel="cross-entropy", title="Learning curves")
     panels["loss"].legend(frameon=False)
-    panels["accuracy"].set(xlabel="epoch", ylabel="accuracy", ylim=(0.75, 1.005))
-    panels["accuracy"].yaxis.set_major_formatter(PercentFormatter(1))
-    panels["accuracy"].axhline(REQUIRED_ACCURACY, color="black", linewidth=0.8, linestyle=":")
+    panels["accuracy"].set(xlabel="epoch", ylabel="accuracy")
+    panels["accuracy"].set_ylim(top=1.005)
+    panels["accuracy"].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    promise = {"color": "black", "linewidth": 0.8, "linestyle": ":"}
+    line = panels["accuracy"].axhline(REQUIRED_ACCURACY, **promise)
+    panels["accuracy"].legend([line], [f"promised: {REQUIRED_ACCURACY:.0%}"], frameon=False)
     for name in ("loss", "accuracy"):
         panels[name].spines[["top", "right"]].set_visible(False)
         panels[name].grid(axis="y", alpha=0.25)
@@ -192,7 +201,7 @@ def draw(history, confusion, path):
     panel.tick_params(which="both", length=0)
     accuracy = np.trace(confusion) / confusion.sum()
     panel.set(xlabel="recognised speaker", ylabel="true speaker")
-    panel.set_title(f"Test set: {accuracy:.1%} of {confusion.sum()} utterances")
+    panel.set_title(f"Test set: {accuracy:.1%} of {confusion.sum()} utterances right")
     figure.suptitle("Japanese Vowels: a bidirectional GRU on jaxrnn", weight="bold")
 
     path.parent.mkdir(parents=True, exist_ok=True)
