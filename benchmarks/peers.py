@@ -83,7 +83,7 @@ def _measure_case(
         for library, variant in case.candidates
     }
     path.unlink()
-    _check_results(case, prepared, tolerance)
+    check_results(case, prepared, tolerance)
     rounds = {kind: _take_turns(kind, prepared, pool, effort) for kind in ("forward", "gradient")}
     gemm_gflops = None
     if cases.GEMM in prepared:
@@ -97,7 +97,7 @@ def _measure_case(
     return case.as_dict() | {"gemm_gflops": _rounded(gemm_gflops), "candidates": candidates}
 
 
-def _check_results(case: cases.Case, prepared: dict, tolerance: float) -> None:
+def check_results(case: cases.Case, prepared: dict, tolerance: float) -> None:
     """A library that computes something else is not compared."""
     norms: dict[str, float] = {}
     for (library, variant), reply in prepared.items():

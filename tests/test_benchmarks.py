@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import cases, clock, problem, render, results
+from benchmarks import cases, clock, peers, problem, render, results
 from benchmarks.naive import NAIVE, STATES
 from benchmarks.pool import WorkerError, workers
 from benchmarks.steps import STEPS, Draw, Size, gradient_of
@@ -109,6 +109,30 @@ def test_a_worker_that_dies_says_why():
         pool["no.such.library"].ask("describe")
 
 
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"output_error": 0.1}, "outputs are off by 0.1"),
+        ({"output_error": float("nan")}, "outputs are off by nan"),
+        ({"input_gradient_norm": 2.1}, "gradient by the inputs has norm 2.1, others 2"),
+    ],
+)
+def test_a_library_that_computes_something_else_is_not_compared(fault, message):
+    right = {"output_error": 1e-7, "input_gradient_norm": 2.0, "math": "reference"}
+    other_form = right | {"input_gradient_norm": 3.0, "math": "reset_before"}
+    prepared = {
+        ("lax.scan", "gemm"): {},
+        ("lax.scan", "naive"): right,
+        ("haiku", "layer"): other_form,
+        ("flax", "layer"): right,
+    }
+    case = tiny_case("gru")
+    peers.check_results(case, prepared, tolerance=1e-4)
+    prepared["flax", "layer"] = right | fault
+    with pytest.raises(WorkerError, match=rf"flax \(layer\) on gru 2,5,3,4: .*{message}"):
+        peers.check_results(case, prepared, tolerance=1e-4)
+
+
 def test_plan_gives_long_calls_few_rounds_and_short_calls_many_repeats():
     effort = {"budget_s": 2.0, "visit_s": 0.05, "max_rounds": 20}
     assert clock.plan([1e-4, 1e-3], **effort) == (20, [500, 50])
@@ -191,8 +215,8 @@ def rendered(tmp_path):
     """A repository with synthetic results in it: its README and its tables as rendered."""
     directory = tmp_path / "benchmarks" / "results"
     directory.mkdir(parents=True)
-    peers, never_slower = synthetic_results()
-    (directory / "peers-cpu.json").write_text(json.dumps(peers))
+    against_peers, never_slower = synthetic_results()
+    (directory / "peers-cpu.json").write_text(json.dumps(against_peers))
     (directory / "never_slower-cpu.json").write_text(json.dumps(never_slower))
     (tmp_path / "README.md").write_text(
         f"before\n{render.BEGIN}\nstale text\n{render.END}\nafter\n"
@@ -244,8 +268,9 @@ def test_a_readme_without_markers_is_an_error(tmp_path):
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     (tmp_path / "README.md").write_text("nothing here")
     assert render.documents(tmp_path) == {}
-    peers, _ = synthetic_results()
-    (tmp_path / "benchmarks" / "results" / "peers-cpu.json").write_text(json.dumps(peers))
+    against_peers, _ = synthetic_results()
+    path = tmp_path / "benchmarks" / "results" / "peers-cpu.json"
+    path.write_text(json.dumps(against_peers))
     with pytest.raises(ValueError, match="speed:begin"):
         render.documents(tmp_path)
 
