@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
 from jaxrnn import bidirectional, cells
@@ -169,15 +169,15 @@ def draw(history, confusion, path):
     for part, (label, color, width) in enumerate(styles):
         line = {"color": color, "linewidth": width, "label": label}
         panels["loss"].plot(epochs, history[:, part, 0], **line)
-        panels["accuracy"].plot(epochs, history[:, part, 1], **line)
+        panels["accuracy"].plot(epochs, 100 * history[:, part, 1], **line)
 
     panels["loss"].set(yscale="log", ylabel="cross-entropy", title="Learning curves")
     panels["loss"].legend(frameon=False)
-    panels["accuracy"].set(xlabel="epoch", ylabel="accuracy")
-    panels["accuracy"].set_ylim(top=1.005)
-    panels["accuracy"].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    panels["accuracy"].set(xlabel="epoch", ylabel="accuracy [%]")
+    panels["accuracy"].set_ylim(top=100.5)
+    panels["accuracy"].yaxis.set_major_locator(MaxNLocator(integer=True))
     promise = {"color": "black", "linewidth": 0.8, "linestyle": ":"}
-    line = panels["accuracy"].axhline(REQUIRED_ACCURACY, **promise)
+    line = panels["accuracy"].axhline(100 * REQUIRED_ACCURACY, **promise)
     panels["accuracy"].legend([line], [f"promised: {REQUIRED_ACCURACY:.0%}"], frameon=False)
     for name in ("loss", "accuracy"):
         panels[name].spines[["top", "right"]].set_visible(False)

@@ -323,8 +323,9 @@ class _Form(NamedTuple):
 
 
 def _wider(a: DTypeLike, b: DTypeLike) -> DTypeLike:
-    # jnp.promote_types would refuse two dtypes under strict promotion.
-    return max(a, b, key=lambda dtype: jnp.finfo(dtype).bits)
+    # Under strict promotion promote_types would refuse two dtypes.
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(a, b)
 
 
 def _sigmoid(z: Array) -> Array:
