@@ -30,7 +30,6 @@ __all__ = [
     "numerical_gradient",
     "reference_rnn",
     "scalar_of",
-    "settings_for",
     "valid_steps",
     "with_padding",
 ]
@@ -84,12 +83,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 """Flags of a call by name, batch-major and made for BATCH and TIME (see `Case.call`)."""
-
-
-def settings_for(case: Case, names=tuple(SETTINGS)) -> list[str]:
-    """Those of the named settings that the case allows."""
-    holding = {"mask", "input_length", "reset"}
-    return [name for name in names if case.holdable or not holding & SETTINGS[name].keys()]
 
 
 def valid_steps(batch: int, time: int, mask=None, input_length=None) -> np.ndarray:

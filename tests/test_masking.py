@@ -105,8 +105,7 @@ def normalising_step(xp, p):
     return step
 
 
-@pytest.mark.parametrize("make_step", [log_step, normalising_step])
-@pytest.mark.parametrize("unroll", [False, True])
+@pytest.mark.parametrize(("make_step", "unroll"), [(log_step, False), (normalising_step, True)])
 def test_gradients_stay_finite_for_a_step_singular_at_the_padding(make_step, unroll):
     rng = np.random.default_rng(1)
     inputs = rng.uniform(0.5, 2.0, (3, 7, 4)).astype(np.float32)

@@ -27,7 +27,7 @@ def cut_call(case, arguments, cut, **flags):
     return last_output, jax.tree.map(lambda *p: jnp.concatenate(p, axis=1), *outputs), states
 
 
-@pytest.mark.parametrize("cut", [1, 4, 6])
+@pytest.mark.parametrize("cut", [1, 5])
 def test_two_calls_equal_one(cut):
     case = CASES["nested_inputs_and_outputs"]
     arguments = case.arguments()
@@ -35,9 +35,8 @@ def test_two_calls_equal_one(cut):
     assert_same(cut_call(case, arguments, cut), expected)
 
 
-@pytest.mark.parametrize("name", ["lstm", "bare_state", "namedtuple_state", "rank_1_state"])
-@pytest.mark.parametrize("cut", [3, 5])
-@pytest.mark.parametrize("go_backwards", [False, True])
+@pytest.mark.parametrize("name", ["bare_state", "namedtuple_state", "rank_1_state"])
+@pytest.mark.parametrize(("cut", "go_backwards"), [(5, False), (3, True)])
 def test_with_a_mask_that_gaps_across_the_cut(name, cut, go_backwards):
     """Where the output is the first state, the held output crosses the cut as well."""
     case = CASES[name]

@@ -182,19 +182,24 @@ def quadratic(case, arguments, rnn, **flags):
     return function
 
 
+REMAT = {"remat": True, "mask": GAPS[:1, :3]}
+
+
 @pytest.mark.parametrize(
-    "flags", [{}, {"remat": True, "mask": GAPS[:1, :3]}], ids=["plain", "remat"]
-)
-@pytest.mark.parametrize(
-    "transformation",
+    ("transformation", "flags"),
     [
-        jax.jacfwd,
-        jax.jacrev,
-        lambda f: jax.hessian(lambda state: scalar_of(f(state))),
-        lambda f: jax.jacrev(jax.jacfwd(lambda state: scalar_of(f(state)))),
-        lambda f: jax.jacrev(jax.jacrev(lambda state: scalar_of(f(state)))),
+        pytest.param(jax.jacfwd, {}, id="jacfwd"),
+        pytest.param(jax.jacrev, REMAT, id="jacrev"),
+        pytest.param(
+            lambda f: jax.hessian(lambda s: scalar_of(f(s))), REMAT, id="forward_over_reverse"
+        ),
+        pytest.param(
+            lambda f: jax.jacrev(jax.jacfwd(lambda s: scalar_of(f(s)))), {}, id="reverse_forward"
+        ),
+        pytest.param(
+            lambda f: jax.jacrev(jax.jacrev(lambda s: scalar_of(f(s)))), {}, id="reverse_twice"
+        ),
     ],
-    ids=["jacfwd", "jacrev", "forward_over_reverse", "reverse_over_forward", "reverse_twice"],
 )
 def test_whole_jacobians_and_second_order(transformation, flags):
     case = CASES["simple_rnn"]
