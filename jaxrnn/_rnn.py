@@ -1,16 +1,17 @@
 """`rnn`: Keras's recurrent loop as a pure JAX function. Check, arrange, run, assemble."""
 
 import functools
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxrnn import _arguments, _masking
 from jaxrnn._arguments import Operands, Options, Step
+from jaxrnn._jaxpr import zeros_of
 from jaxrnn._scan import check_options, scan
 
 Array = jax.Array
@@ -124,12 +125,17 @@ def _run(step_function: Step, options: Options, operands: Operands) -> Result:
     carry_output = hold and not output_is_state
     held = _initial_output(output_like, states) if carry_output else None
     fill = None if valid is None else _masking.substitutes(valid, inputs)
+    chunk = options.chunk
+    time = jax.tree.leaves(inputs)[0].shape[0]
+    if chunk == "auto" and carry_output and not options.return_all_outputs and valid is not None:
+        # Selecting the last valid output takes the outputs of a block: let that not be all T.
+        chunk = math.isqrt(time) if isinstance(time, int) else None
 
     def body(carry: PyTree, slice_t: PyTree) -> tuple[PyTree, PyTree]:
         old_states, held = carry
         input_t, valid_t, reset_t = slice_t
         if reset_t is not None:
-            old_states = _masking.select(reset_t, states, old_states)
+            old_states = _masking.select(~reset_t, old_states, states)
         if valid_t is not None:
             input_t = _masking.select(valid_t, input_t, fill)
         output, new_states = step(input_t, old_states)
@@ -154,18 +160,21 @@ def _run(step_function: Step, options: Options, operands: Operands) -> Result:
         (inputs, valid, reset),
         reverse=options.go_backwards,
         unroll=options.unroll,
-        chunk=options.chunk,
+        chunk=chunk,
         remat=options.remat,
         method=options.method,
     )
+    last = 0 if options.go_backwards else -1
     if hold:
         last_output = held if carry_output else _first_state(new_states)
+        if valid is not None and options.zero_output_for_mask:
+            last_output = _masking.zero_unless(jnp.any(valid, axis=0), last_output)
     else:
-        last_output = jax.tree.map(lambda y: y[0 if options.go_backwards else -1], outputs)
+        last_output = jax.tree.map(lambda y: y[last], outputs)
     if not options.return_all_outputs:
         outputs = last_output
         if valid is not None and options.zero_output_for_mask:
-            outputs = _masking.zero_unless(valid[0 if options.go_backwards else -1], outputs)
+            outputs = _masking.zero_unless(valid[last], outputs)
         outputs = jax.tree.map(lambda y: y[None], outputs)
     elif options.go_backwards:
         outputs = jax.tree.map(lambda y: jnp.flip(y, 0), outputs)
@@ -227,7 +236,7 @@ def _initial_output(output_like: PyTree, states: PyTree) -> PyTree:
         s.shape for s in jax.tree.leaves(first)
     ]:
         return jax.tree.map(lambda s, y: s.astype(y.dtype), first, output_like)
-    return jax.tree.map(lambda y: lax.full(y.shape, 0, y.dtype), output_like)
+    return jax.tree.map(zeros_of, output_like)
 
 
 def _first_state(states: PyTree) -> PyTree:

@@ -1,30 +1,23 @@
-"""`scan`: `jax.lax.scan` over blocks of time."""
+"""`scan`: `jax.lax.scan` run as an expert would have written it, over blocks of time."""
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxrnn._algebra import simplify
+from jaxrnn._fission import Loop, Plan, fission
+from jaxrnn._jaxpr import is_heavy, is_movable, size_in_bytes, trace, variables
+from jaxrnn._recurrence import run_block, run_invariant, run_recurrence
+
+Array = jax.Array
 PyTree = Any
 Body = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
 
 METHODS = ("auto", "sequential", "lax")
-
-
-def check_options(chunk: Any, remat: Any, method: Any) -> None:
-    """Raises the ValueError that a wrong option of the engine deserves."""
-    chunk_is_count = isinstance(chunk, int) and not isinstance(chunk, bool) and chunk >= 1
-    if not (chunk is None or chunk == "auto" or chunk_is_count):
-        raise ValueError(
-            f"chunk is {chunk!r}; expected 'auto', None, or a number of timesteps n >= 1."
-        )
-    if not isinstance(remat, bool):
-        raise ValueError(f"remat is {remat!r}; expected True or False.")
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}; expected one of {', '.join(map(repr, METHODS))}.")
 
 
 def scan(
@@ -39,56 +32,198 @@ def scan(
     remat: bool = False,
     method: str = "auto",
 ) -> tuple[PyTree, PyTree]:
-    """Same result as `jax.lax.scan`."""
+    """Same result as `jax.lax.scan`, up to rounding; see there for the arguments before `chunk`.
+
+    The body is split (loop fission): what does not lie on the way from the old carry to the new one
+    runs over a block of timesteps at once, as large products; only the rest stays in the loop. The
+    gradient is split likewise. Where this cannot help, or may not, `jax.lax.scan` itself runs:
+    effects in the body, no product to move, a symbolic time axis.
+
+    Args:
+        f: `(carry, x) -> (carry, y)`, pure.
+        init: the first carry, a pytree of arrays.
+        xs: pytree of arrays `[T, ...]`, or None.
+        length: T, where `xs` is None.
+        reverse: whether to start at the last row.
+        unroll: steps per iteration of the innermost loop; True for all.
+        chunk: timesteps per block; "auto" picks, None makes one block of the whole.
+        remat: whether only the carries between blocks are kept for the backward pass and the rest
+            is computed again; blocks are of about sqrt(T) steps then, unless `chunk` says else.
+        method: "auto"; "sequential", the split body in order; "lax", plain `jax.lax.scan`.
+
+    Returns:
+        The last carry, and ys as a pytree of arrays `[T, ...]`.
+
+    Raises:
+        ValueError: for an option that does not fit; and what `jax.lax.scan` raises.
+    """
     check_options(chunk, remat, method)
-    leaves = jax.tree.leaves(xs)
-    time = leaves[0].shape[0] if leaves else length
-    if not remat or not isinstance(time, int) or method == "lax":
+    time = _time(xs, length)
+    if time is None or time < 1 or (method == "lax" and not remat):
         return lax.scan(f, init, xs, length, reverse, unroll)
-    block = chunk if isinstance(chunk, int) else math.isqrt(time - 1) + 1
+    split = None if method == "lax" else split_body(f, init, xs)
+    if split is None and not remat:
+        return lax.scan(f, init, xs, length, reverse, unroll)
 
-    def run_block(carry: PyTree, xs: PyTree) -> tuple[PyTree, PyTree]:
-        return lax.scan(f, carry, xs, None, reverse, unroll)
+    block = _block_length(chunk, remat, time, split)
+    if split is None:
 
-    return over_blocks(run_block, init, xs, time, min(block, time), reverse, remat)
+        def run(carry: PyTree, xs: PyTree, block: int) -> tuple[PyTree, PyTree]:
+            return lax.scan(f, carry, xs, block, reverse, unroll)
+
+        return over_blocks(run, init, xs, time, block, reverse, unroll, remat)
+
+    invariant = run_invariant(split.plan, split.consts)
+
+    def run_loop(
+        loop: Loop, consts: Sequence[Array], carry: Sequence[Array], xs: Sequence[Array]
+    ) -> tuple[list[Array], list[Array]]:
+        steps = xs[0].shape[0] if xs else current
+        return run_recurrence(loop.program, consts, carry, xs, steps, reverse, unroll)
+
+    current = block
+
+    def run(carry: list[Array], xs: list[Array], block: int) -> tuple[list[Array], list[Array]]:
+        nonlocal current
+        current = block
+        return run_block(split.plan, invariant, carry, xs, block, reverse, run_loop)
+
+    carry, ys = over_blocks(
+        run, jax.tree.leaves(init), jax.tree.leaves(xs), time, block, reverse, unroll, remat
+    )
+    return jax.tree.unflatten(split.out_tree, [*carry, *ys])
+
+
+class Split(NamedTuple):
+    """A body after fission: the plan, what it closes over, and the structure of its results."""
+
+    plan: Plan
+    consts: tuple[Any, ...]
+    out_tree: Any
+
+
+def split_body(f: Body, init: PyTree, xs: PyTree) -> Split | None:
+    """The body of a scan after fission, or None where the engine stands aside."""
+    carry, carry_tree = jax.tree.flatten(jax.tree.map(jnp.asarray, init))
+    x, x_tree = jax.tree.flatten(jax.tree.map(lambda leaf: leaf[0], xs))
+
+    def flat(*args: Array) -> tuple[PyTree, PyTree]:
+        old, row = args[: len(carry)], args[len(carry) :]
+        return f(jax.tree.unflatten(carry_tree, old), jax.tree.unflatten(x_tree, row))
+
+    traced = trace(flat, *carry, *x)
+    program = traced.program
+    in_avals = [v.aval for v in program.invars[len(traced.consts) :][: len(carry)]]
+    out_avals = [v.aval for v in program.outvars[: len(carry)]]
+    if traced.has_effects or in_avals != out_avals:
+        return None
+    if not any(is_heavy(e) and is_movable(e) for e in program.equations):
+        return None
+    example = [*traced.consts, *carry, *x]
+    body = simplify(program, len(traced.consts), len(carry), example)
+    consts = (*body.consts, *traced.consts)
+    return Split(fission(body.program, len(consts), len(carry)), consts, traced.out_tree)
 
 
 def over_blocks(
-    run_block: Body,
+    run_block: Callable[[PyTree, PyTree, int], tuple[PyTree, PyTree]],
     init: PyTree,
     xs: PyTree,
     time: int,
     block: int,
     reverse: bool,
+    unroll: int | bool,
     remat: bool,
 ) -> tuple[PyTree, PyTree]:
     """Runs `run_block` over consecutive blocks of time, the shorter remainder last.
 
     Args:
-        run_block: `(carry, xs of one block) -> (carry, ys of that block)`.
+        run_block: `(carry, xs of one block, timesteps in it) -> (carry, ys of that block)`.
         init: the first carry.
         xs: pytree of arrays `[T, ...]`.
         time: T.
         block: timesteps per block, at most T.
         reverse: whether the last block comes first.
+        unroll: True to unroll the loop over blocks.
         remat: whether only the carries between blocks are kept for the backward pass.
 
     Returns:
         The last carry, and ys as a pytree of arrays `[T, ...]`.
     """
-    if remat:
-        run_block = jax.checkpoint(run_block, prevent_cse=time < 2 * block)
     blocks, rest = divmod(time, block)
+
+    def run(carry: PyTree, xs: PyTree, steps: int) -> tuple[PyTree, PyTree]:
+        def plain(carry: PyTree, xs: PyTree) -> tuple[PyTree, PyTree]:
+            return run_block(carry, xs, steps)
+
+        # Inside a loop nothing can be merged with its recomputation; in a lone block it could.
+        inside = steps == block and blocks > 1
+        return (jax.checkpoint(plain, prevent_cse=not inside) if remat else plain)(carry, xs)
+
     if blocks == 1 and not rest:
-        return run_block(init, xs)
+        return run(init, xs, time)
     split = rest if reverse else time - rest
-    first, second = (jax.tree.map(lambda x: x[s], xs) for s in (slice(split), slice(split, None)))
+    first = jax.tree.map(lambda x: x[:split], xs)
+    second = jax.tree.map(lambda x: x[split:], xs)
     main, remainder = (second, first) if reverse else (first, second)
     main = jax.tree.map(lambda x: x.reshape(blocks, block, *x.shape[1:]), main)
-    carry, ys = lax.scan(run_block, init, main, reverse=reverse)
+    carry, ys = lax.scan(
+        lambda carry, xs: run(carry, xs, block),
+        init,
+        main,
+        blocks,
+        reverse,
+        unroll is True or 1,
+    )
     ys = jax.tree.map(lambda y: y.reshape(blocks * block, *y.shape[2:]), ys)
     if rest:
-        carry, ys_rest = run_block(carry, remainder)
+        carry, ys_rest = run(carry, remainder, rest)
         parts = (ys_rest, ys) if reverse else (ys, ys_rest)
         ys = jax.tree.map(lambda *y: jnp.concatenate(y), *parts)
     return carry, ys
+
+
+def check_options(chunk: Any, remat: Any, method: Any) -> None:
+    """Raises the ValueError that a wrong option of the engine deserves."""
+    is_count = isinstance(chunk, int) and not isinstance(chunk, bool) and chunk >= 1
+    if not (chunk is None or chunk == "auto" or is_count):
+        raise ValueError(
+            f"chunk is {chunk!r}; expected 'auto', None, or a number of timesteps n >= 1."
+        )
+    if not isinstance(remat, bool):
+        raise ValueError(f"remat is {remat!r}; expected True or False.")
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}; expected one of {', '.join(map(repr, METHODS))}.")
+
+
+def _time(xs: PyTree, length: Any) -> int | None:
+    """The number of timesteps; None where it is symbolic or for `lax.scan` to complain about."""
+    leaves = jax.tree.leaves(xs)
+    if any(jnp.ndim(x) == 0 for x in leaves):
+        return None
+    times = {x.shape[0] for x in leaves} | ({length} if length is not None else set())
+    time = times.pop() if len(times) == 1 else None
+    return time if isinstance(time, int) else None
+
+
+def _block_length(chunk: int | str | None, remat: bool, time: int, split: Split | None) -> int:
+    if isinstance(chunk, int):
+        return min(chunk, time)
+    if chunk is None:
+        return time
+    if remat:
+        return math.isqrt(time - 1) + 1 if time > 1 else 1
+    assert split is not None
+    per_step = sum(
+        size_in_bytes(v) for s in split.plan.stages for v in variables(s.program.outvars)
+    )
+    target = max(8, min(64, (1 << 21) // max(per_step, 1)))
+    return _near_divisor(time, target)
+
+
+def _near_divisor(time: int, target: int) -> int:
+    """A number of about `target` that divides `time`, else `target` or less."""
+    if time <= target:
+        return time
+    divisors = [n for n in range(max(target // 2, 1), 2 * target + 1) if time % n == 0]
+    return min(divisors, key=lambda n: abs(math.log(n / target)), default=target)

@@ -1,0 +1,234 @@
+"""The one door to `jax.extend`: functions traced to programs, programs cut and run.
+
+A `Program` is what the rest of the engine works on: variables in, equations, atoms out, and no
+captured constants. The jaxpr classes differ between JAX versions (from 0.12 on a `ClosedJaxpr`
+*is* a `Jaxpr`); nothing outside this file may depend on how.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core
+from jax.extend.core import primitives as p
+
+PyTree = Any
+Var = core.Var
+Literal = core.Literal
+Atom = Var | Literal
+Equation = core.JaxprEqn
+
+
+class Program(NamedTuple):
+    """A straight-line program: equations in an order in which they can run.
+
+    `origin` is the jaxpr that the equations were traced to; a jaxpr is only ever made from another.
+    """
+
+    invars: tuple[Var, ...]
+    outvars: tuple[Atom, ...]
+    equations: tuple[Equation, ...]
+    origin: Any
+
+    def cut(
+        self, invars: Iterable[Var], outvars: Iterable[Atom], equations: Iterable[Equation]
+    ) -> "Program":
+        """A program made of some of the equations of this one."""
+        return Program(tuple(invars), tuple(outvars), tuple(equations), self.origin)
+
+    def __call__(self, *args: Any) -> list[Any]:
+        """Runs the program."""
+        jaxpr = self.origin.replace(
+            constvars=(), invars=self.invars, outvars=self.outvars, eqns=list(self.equations)
+        )
+        return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))(*args)
+
+
+class Traced(NamedTuple):
+    """A traced function: `program(*consts, *args)`, the outputs flat."""
+
+    program: Program
+    consts: tuple[Any, ...]
+    out_tree: Any
+    has_effects: bool
+
+
+def trace(f: Callable[..., PyTree], *args: Any) -> Traced:
+    """Traces `f` at `args`, one array each; what `f` closes over becomes `consts`."""
+    closed, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
+    jaxpr = closed.jaxpr
+    program = Program(
+        (*jaxpr.constvars, *jaxpr.invars), tuple(jaxpr.outvars), tuple(jaxpr.eqns), jaxpr
+    )
+    return Traced(program, tuple(closed.consts), jax.tree.structure(shapes), bool(closed.effects))
+
+
+def bind(equation: Equation, args: Sequence[Any]) -> list[Any]:
+    """Applies the primitive of `equation` to `args`."""
+    params = equation.primitive.get_bind_params(equation.params)
+    with equation.ctx.manager:
+        result = equation.primitive.bind(*args, **params)
+    return list(result) if equation.primitive.multiple_results else [result]
+
+
+def inline(program: Program, *args: Any) -> list[Any]:
+    """Runs `program` with the bodies of inner `jit`s in place of the calls.
+
+    Functions with a derivative rule of their own (`custom_jvp`, `custom_vjp`) stay calls.
+    """
+    env = dict(zip(program.invars, args, strict=True))
+    for equation in program.equations:
+        values = [read(env, atom) for atom in equation.invars]
+        if equation.primitive in _INLINED:
+            closed = equation.params["jaxpr"]
+            jaxpr = closed.jaxpr
+            inner = Program(
+                (*jaxpr.constvars, *jaxpr.invars), tuple(jaxpr.outvars), tuple(jaxpr.eqns), jaxpr
+            )
+            results = inline(inner, *closed.consts, *values)
+        else:
+            results = bind(equation, values)
+        env.update(zip(equation.outvars, results, strict=True))
+    return [read(env, atom) for atom in program.outvars]
+
+
+def read(env: dict[Var, Any], atom: Atom) -> Any:
+    """The value of an atom: a literal's own, a variable's in `env`."""
+    return atom.val if isinstance(atom, Literal) else env[atom]
+
+
+def variables(atoms: Iterable[Atom]) -> list[Var]:
+    """Those of `atoms` that are variables, each once, in order."""
+    return list(dict.fromkeys(atom for atom in atoms if not isinstance(atom, Literal)))
+
+
+def size_in_bytes(atom: Atom) -> int:
+    """The size of the array that `atom` stands for; a symbolic axis counts as 64."""
+    sizes = [n if isinstance(n, int) else 64 for n in atom.aval.shape]
+    return math.prod(sizes) * getattr(atom.aval.dtype, "itemsize", 8)
+
+
+def zeros_of(like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Zeros that under `shard_map` vary over the mesh as `like` does; `jnp.zeros_like` forgets."""
+    zeros = jnp.zeros(like.shape, like.dtype)
+    axes = like.manual_axis_type
+    varying = tuple(axes.varying) if axes is not None else ()
+    return lax.pcast(zeros, varying, to="varying") if varying else zeros
+
+
+def is_heavy(equation: Equation) -> bool:
+    """Whether `equation` earns a pass of its own over a block of time: it holds a product.
+
+    A gather counts, because its transpose is a scatter into the whole table.
+    """
+    return equation.primitive in _HEAVY or any(
+        is_heavy(inner) for jaxpr in _inner_jaxprs(equation) for inner in jaxpr.eqns
+    )
+
+
+def is_movable(equation: Equation) -> bool:
+    """Whether many steps of `equation` may be run at once, by `vmap`.
+
+    Under `vmap` a branch becomes a selection and a `while` runs until the last one is done: both may
+    cost more than they save, and differentiate differently. Random bits of generators other than
+    threefry depend on the batching. Of primitives that JAX does not list nothing is known.
+    """
+    if equation.primitive in _PINNED or any(
+        "rbg" in str(getattr(atom.aval, "dtype", "")) for atom in equation.invars
+    ):
+        return False
+    known = equation.primitive in _LISTED or equation.primitive is split_p()
+    return known and all(
+        is_movable(inner) for jaxpr in _inner_jaxprs(equation) for inner in jaxpr.eqns
+    )
+
+
+def is_free(equation: Equation) -> bool:
+    """Whether `equation` only arranges data: cheaper to repeat than to carry what it makes."""
+    return equation.primitive in _FREE or equation.primitive is split_p()
+
+
+def is_linear(equation: Equation) -> bool:
+    """Whether the derivative of `equation` needs none of its operands.
+
+    For a selection this leaves the predicate out: it has no derivative.
+    """
+    return equation.primitive in _LINEAR or equation.primitive is split_p()
+
+
+@functools.cache
+def split_p() -> Any:
+    """The primitive of `lax.split`, which `jax.extend` does not list."""
+    x = jax.ShapeDtypeStruct((2,), "float32")
+    return jax.make_jaxpr(lambda x: lax.split(x, (1, 1)))(x).jaxpr.eqns[0].primitive
+
+
+def _inner_jaxprs(equation: Equation) -> list[Any]:
+    return list(core.jaxprs_in_params(equation.params))
+
+
+add_p = p.add_p
+add_any_p = p.add_jaxvals_p
+concatenate_p = p.concatenate_p
+dot_general_p = p.dot_general_p
+reshape_p = p.reshape_p
+slice_p = p.slice_p
+squeeze_p = p.squeeze_p
+
+_INLINED = frozenset({p.jit_p, p.closed_call_p})
+_LISTED = frozenset(value for name, value in vars(p).items() if name.endswith("_p"))
+_PINNED = frozenset({p.cond_p, p.while_p, p.rng_bit_generator_p, p.rng_uniform_p})
+_HEAVY = frozenset(
+    {
+        p.dot_general_p,
+        p.conv_general_dilated_p,
+        p.gather_p,
+        p.scan_p,
+        p.cholesky_p,
+        p.triangular_solve_p,
+        p.lu_p,
+        p.qr_p,
+        p.svd_p,
+        p.eigh_p,
+        p.eig_p,
+        p.fft_p,
+    }
+)
+_FREE = frozenset(
+    {
+        p.broadcast_in_dim_p,
+        p.concatenate_p,
+        p.convert_element_type_p,
+        p.copy_p,
+        p.iota_p,
+        p.reshape_p,
+        p.slice_p,
+        p.squeeze_p,
+        p.stop_gradient_p,
+        p.transpose_p,
+    }
+)
+_LINEAR = frozenset(
+    {
+        p.add_p,
+        p.add_jaxvals_p,
+        p.broadcast_in_dim_p,
+        p.concatenate_p,
+        p.convert_element_type_p,
+        p.copy_p,
+        p.neg_p,
+        p.pad_p,
+        p.reduce_sum_p,
+        p.reshape_p,
+        p.rev_p,
+        p.select_n_p,
+        p.slice_p,
+        p.squeeze_p,
+        p.sub_p,
+        p.transpose_p,
+    }
+)

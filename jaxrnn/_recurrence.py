@@ -1,0 +1,331 @@
+"""Runs a plan over a block of time: the passes at once, the loops in order, and their derivative.
+
+A loop is a `jax.custom_jvp` whose tangent rule is again a scan, over the tangent of one step, and
+that scan is split as any other: a term such as `h_prev @ dU` depends on known states and on the
+tangent of a parameter, but not on the tangent of the state, so it is a pass over the block. JAX's
+transposition of this pass is the weight gradient, one contraction per block instead of one per
+step. Nothing is transposed by hand; forward mode, reverse mode and higher orders follow.
+
+The tangent step is rematerialised. All that it needs is kept by the forward loop: the states, and
+the sums that products enter into (a nonlinear operation needs the sum, not its terms).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+from jaxrnn._algebra import simplify
+from jaxrnn._fission import Loop, Plan, fission
+from jaxrnn._jaxpr import Atom, Literal, Program, Var, bind, is_heavy, is_linear, read, trace
+
+Array = jax.Array
+Env = dict[Var, Any]
+# (loop, consts, carry, xs) -> (carry, ys), for one block.
+RunLoop = Callable[[Loop, list[Array], list[Array], list[Array]], tuple[list[Array], list[Array]]]
+
+
+def run_invariant(plan: Plan, consts: Sequence[Array]) -> Env:
+    """The values of everything that does not depend on time."""
+    env = dict(zip(plan.body.invars[: plan.consts], consts, strict=True))
+    outs = plan.invariant(*(env[v] for v in plan.invariant.invars))
+    return env | dict(zip(plan.invariant.outvars, outs, strict=True))
+
+
+def run_block(
+    plan: Plan,
+    invariant: Env,
+    carry: Sequence[Array],
+    xs: Sequence[Array],
+    block: int,
+    reverse: bool,
+    run_loop: RunLoop,
+    run_pass: Callable[..., list[Array]] | None = None,
+) -> tuple[list[Array], list[Array]]:
+    """Runs a plan over one block of time.
+
+    Args:
+        plan: the split body.
+        invariant: from `run_invariant`.
+        carry: the carries at the start of the block.
+        xs: the inputs of the block, arrays `[block, ...]`.
+        block: number of timesteps.
+        reverse: whether the last row comes first.
+        run_loop: runs one recurrence.
+        run_pass: applied to a pass (a function of rows) before it runs; `jax.checkpoint`, say.
+
+    Returns:
+        The carries at the end of the block, and ys as arrays `[block, ...]`.
+    """
+    body, times = plan.body, plan.times
+    env = dict(invariant)
+    env |= zip(body.invars[plan.consts + plan.carry :], xs, strict=True)
+    new_carry: dict[int, Array] = {}
+
+    def rows(atom: Atom) -> Array:
+        value = read(env, atom)
+        constant = isinstance(atom, Literal) or times[atom] == -1
+        return jnp.broadcast_to(value, (block, *jnp.shape(value))) if constant else value
+
+    for program, loop in plan.stages:
+        if program.outvars:
+            axes = [None if times[v] == -1 else 0 for v in program.invars]
+            run = jax.vmap(program, in_axes=axes) if 0 in axes else program
+            outs = (run_pass or _plainly)(run)(*(env[v] for v in program.invars))
+            env |= zip(program.outvars, outs, strict=True)
+        if loop is not None:
+            last, ys = run_loop(
+                loop,
+                [env[v] for v in loop.consts],
+                [carry[i] for i in loop.carry],
+                [rows(v) for v in loop.xs],
+            )
+            env |= zip(loop.ys, ys, strict=True)
+            new_carry |= zip(loop.carry, last, strict=True)
+    if plan.tail.outvars:
+        ends = {body.outvars[i]: value for i, value in new_carry.items()}
+        tail = [
+            ends[v] if v in ends else env[v] if times[v] == -1 else env[v][0 if reverse else -1]
+            for v in plan.tail.invars
+        ]
+        new_carry |= zip(plan.unread, plan.tail(*tail), strict=True)
+    return [new_carry[i] for i in range(plan.carry)], [
+        rows(atom) for atom in body.outvars[plan.carry :]
+    ]
+
+
+def _plainly(f: Callable[..., Any]) -> Callable[..., Any]:
+    return f
+
+
+def run_recurrence(
+    program: Program,
+    consts: Sequence[Array],
+    carry: Sequence[Array],
+    xs: Sequence[Array],
+    block: int,
+    reverse: bool,
+    unroll: int | bool,
+) -> tuple[list[Array], list[Array]]:
+    """`lax.scan` over `program`, with the derivative described at the top of this file.
+
+    Args:
+        program: `(consts, carry, x) -> (carry, y)`, flat.
+        consts: the same at every step.
+        carry: the first carry.
+        xs: arrays `[block, ...]`.
+        block: number of timesteps.
+        reverse: as in `lax.scan`.
+        unroll: as in `lax.scan`.
+
+    Returns:
+        The last carry, and ys as arrays `[block, ...]`.
+    """
+
+    n_consts, n_carry = len(consts), len(carry)
+
+    @jax.custom_jvp
+    def recurrence(
+        consts: list[Array], carry: list[Array], xs: list[Array]
+    ) -> tuple[list[Array], list[Array]]:
+        def step(carry: list[Array], x: list[Array]) -> tuple[list[Array], list[Array]]:
+            outs = program(*consts, *carry, *x)
+            return outs[:n_carry], outs[n_carry:]
+
+        return lax.scan(step, carry, xs, block, reverse, unroll)
+
+    def rule(primals: Any, tangents: Any) -> Any:
+        kept = _kept(program)
+        old = program.invars[n_consts : n_consts + n_carry]
+        keeping = program.cut(program.invars, [*program.outvars, *old, *kept], program.equations)
+        last, rows = run_recurrence(keeping, *primals, block, reverse, unroll)
+        ys, states, values = _split(rows, len(program.outvars) - n_carry, n_carry)
+        tangent = _Tangent(program, kept, *primals, states, values, *tangents)
+        t_last, t_ys = tangent.run(block, reverse, unroll)
+        return (last, ys), (_fill(last, t_last), _fill(ys, t_ys))
+
+    recurrence.defjvp(rule, symbolic_zeros=True)
+    return recurrence(list(consts), list(carry), list(xs))
+
+
+def _split(values: Sequence[Any], *sizes: int) -> list[list[Any]]:
+    """`values` cut into pieces of the given sizes and a last one with what is left."""
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(list(values[start : start + size]))
+        start += size
+    return [*parts, list(values[start:])]
+
+
+def _is_differentiable(value: Any) -> bool:
+    return bool(jnp.issubdtype(value.dtype, jnp.inexact))
+
+
+def _fill(primals: Sequence[Array], tangents: Sequence[Array]) -> list[Any]:
+    """`tangents`, which belong to the differentiable ones among `primals`, and zeros between."""
+    given = iter(tangents)
+    return [
+        next(given) if _is_differentiable(x) else np.zeros(np.shape(x), jax.dtypes.float0)
+        for x in primals
+    ]
+
+
+def _kept(program: Program) -> list[Var]:
+    """The variables of a step that its derivative cannot recompute without a product.
+
+    A sum of products is needed only where something nonlinear reads it; through linear equations
+    the derivative passes without them.
+    """
+    summed: set[Var] = set()
+    kept: dict[Var, None] = {}
+    for equation in program.equations:
+        read_here = [v for v in equation.invars if not isinstance(v, Literal) and v in summed]
+        if is_heavy(equation):
+            kept |= dict.fromkeys(read_here)
+            summed |= set(equation.outvars)
+        elif is_linear(equation):
+            if read_here:
+                summed |= set(equation.outvars)
+        else:
+            kept |= dict.fromkeys(read_here)
+    return list(kept)
+
+
+@jax.custom_jvp
+def _known(value: Array, computed: Array) -> Array:
+    """`value`, with the derivative of `computed`, which it equals."""
+    return value
+
+
+@_known.defjvp
+def _known_jvp(primals: Any, tangents: Any) -> Any:
+    return primals[0], tangents[1]
+
+
+class _Tangent:
+    """The tangent of a recurrence over one block, as a scan body that is split again."""
+
+    def __init__(
+        self,
+        program: Program,
+        kept: Sequence[Var],
+        consts: Sequence[Array],
+        carry: Sequence[Array],
+        xs: Sequence[Array],
+        states: Sequence[Array],
+        values: Sequence[Array],
+        t_consts: Sequence[Any],
+        t_carry: Sequence[Any],
+        t_xs: Sequence[Any],
+    ):
+        self.program, self.kept = program, kept
+        self.consts = list(consts)
+        self.rows = [list(xs), list(states), list(values)]
+        self.moving_consts = [i for i, t in enumerate(t_consts) if _is_moving(t)]
+        self.moving_carry = [i for i, c in enumerate(carry) if _is_differentiable(c)]
+        self.moving_xs = [i for i, t in enumerate(t_xs) if _is_moving(t)]
+        self.t_consts = [t_consts[i] for i in self.moving_consts]
+        self.t_carry = [
+            t_carry[i] if _is_moving(t_carry[i]) else jnp.zeros_like(carry[i])
+            for i in self.moving_carry
+        ]
+        self.t_xs = [t_xs[i] for i in self.moving_xs]
+
+    def run(self, block: int, reverse: bool, unroll: int | bool) -> tuple[list[Array], list[Array]]:
+        """The tangents of the last carry and of ys, of the differentiable ones among them."""
+        consts = [*self.consts, *self.t_consts]
+        xs = [*self.t_xs, *(row for group in self.rows for row in group)]
+        example = [*consts, *self.t_carry, *(x[0] for x in xs)]
+        traced = trace(self._step, *example)
+        consts = [*traced.consts, *consts]
+        body = simplify(
+            traced.program, len(consts), len(self.t_carry), [*traced.consts, *example], True
+        )
+        consts = [*body.consts, *consts]
+        end = len(consts)
+        moving = body.program.invars[end - len(self.t_consts) : end]
+        plan = fission(body.program, end, len(self.t_carry), frozenset(moving))
+        linear = frozenset(
+            _dependents(
+                body.program,
+                body.program.invars[end - len(self.t_consts) :][
+                    : len(self.t_consts) + len(self.t_carry) + len(self.t_xs)
+                ],
+            )
+        )
+
+        def run_loop(
+            loop: Loop, consts: list[Array], carry: list[Array], rows: list[Array]
+        ) -> tuple[list[Array], list[Array]]:
+            # Transposition wants the linear inputs first.
+            order = sorted(range(len(rows)), key=lambda i: loop.xs[i] not in linear)
+            back = sorted(range(len(rows)), key=order.__getitem__)
+
+            def step(carry: list[Array], x: list[Array]) -> tuple[list[Array], list[Array]]:
+                outs = loop.program(*consts, *carry, *(x[i] for i in back))
+                return outs[: len(carry)], outs[len(carry) :]
+
+            step = jax.checkpoint(step, prevent_cse=False)
+            return lax.scan(step, carry, [rows[i] for i in order], block, reverse, unroll)
+
+        return run_block(
+            plan,
+            run_invariant(plan, consts),
+            self.t_carry,
+            xs,
+            block,
+            reverse,
+            run_loop,
+            jax.checkpoint,
+        )
+
+    def _step(self, *args: Array) -> list[Array]:
+        """The tangents of one step's new carry and y, from everything that it may depend on."""
+        n_xs, n_states, n_values = map(len, self.rows)
+        consts, t_consts, t_carry, t_xs, xs, states, values = _split(
+            args,
+            len(self.consts),
+            len(self.t_consts),
+            len(self.t_carry),
+            len(self.t_xs),
+            n_xs,
+            n_states,
+        )
+        inputs = [*consts, *states, *xs]
+        offset = len(consts)
+        moving = [
+            *self.moving_consts,
+            *(offset + i for i in self.moving_carry),
+            *(offset + n_states + i for i in self.moving_xs),
+        ]
+
+        def outputs(*moved: Array) -> list[Array]:
+            placed = dict(zip(moving, moved, strict=True))
+            env = {v: placed.get(i, inputs[i]) for i, v in enumerate(self.program.invars)}
+            known = dict(zip(self.kept, values, strict=True))
+            for equation in self.program.equations:
+                results = bind(equation, [read(env, a) for a in equation.invars])
+                for v, result in zip(equation.outvars, results, strict=True):
+                    env[v] = _known(known[v], result) if v in known else result
+            outs = [jnp.asarray(read(env, a)) for a in self.program.outvars]
+            return [out for out in outs if _is_differentiable(out)]
+
+        primals = [inputs[i] for i in moving]
+        return jax.jvp(outputs, primals, [*t_consts, *t_carry, *t_xs])[1]
+
+
+def _is_moving(tangent: Any) -> bool:
+    return not isinstance(tangent, SymbolicZero) and tangent.dtype != jax.dtypes.float0
+
+
+def _dependents(program: Program, sources: Sequence[Var]) -> set[Var]:
+    """The variables of `program` that depend on `sources`, these among them."""
+    found = set(sources)
+    for equation in program.equations:
+        if any(not isinstance(a, Literal) and a in found for a in equation.invars):
+            found |= set(equation.outvars)
+    return found
