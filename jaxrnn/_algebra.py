@@ -37,8 +37,10 @@ from jaxrnn._jaxpr import (
     bind,
     concatenate_p,
     dot_general_p,
+    dtype,
     inline,
     reshape_p,
+    shape,
     size_in_bytes,
     slice_p,
     split_p,
@@ -98,11 +100,11 @@ class _Value:
 
         As a part of a sum the value may have axes of size 1 for longer ones of the operand.
         """
-        columns, shape = _columns(equation), equation.invars[0].aval.shape
-        if columns is not None and self.array.shape[-1:] == shape[-1:]:
+        columns, whole = _columns(equation), shape(equation.invars[0])
+        if columns is not None and self.array.shape[-1:] == whole[-1:]:
             outs = _take_columns(self.array, columns)
         else:
-            outs = bind(equation, [jnp.broadcast_to(self.array, shape)])
+            outs = bind(equation, [jnp.broadcast_to(self.array, whole)])
         return [_Value(self.stage, out) for out in outs]
 
 
@@ -240,7 +242,7 @@ class _Rewriter:
         axis = 1 - first.params["dimension_numbers"][0][1][0]
         whole = _product(self._read(env, first.invars[0]), lax.concatenate(weights, axis), first)
         sizes = [w.shape[axis] for w in weights]
-        last = len(first.outvars[0].aval.shape) - 1
+        last = len(shape(first.outvars[0])) - 1
         split = trace(lambda z: lax.split(z, sizes, last), whole.array).program.equations[0]
         parts = whole.arranged(split)
         for equation, part in zip(group[1:], parts[1:], strict=True):
@@ -249,7 +251,7 @@ class _Rewriter:
 
     def _read(self, env: dict[Var, _Value], atom: Atom) -> _Value:
         return (
-            _Value(-1, jnp.asarray(atom.val, atom.aval.dtype))
+            _Value(-1, jnp.asarray(atom.val, dtype(atom)))
             if isinstance(atom, Literal)
             else env[atom]
         )
@@ -261,7 +263,7 @@ class _Rewriter:
             if equation.primitive is dot_general_p and _is_matrix_product(equation):
                 lhs, rhs = equation.invars
                 if self._stage(lhs) > 0 and self._stage(rhs) == -1:
-                    groups[lhs, rhs.aval.dtype, str(equation.params)].append(equation)
+                    groups[lhs, dtype(rhs), str(equation.params)].append(equation)
         return {id(group[0]): group for group in groups.values() if len(group) > 1}
 
     def _only_sliced(self) -> dict[Var, bool]:
@@ -321,14 +323,13 @@ def _joined(concatenation: _Concatenation) -> list[_Value]:
 
 
 def _is_float(equation: Equation) -> bool:
-    return bool(jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.inexact))
+    return bool(jnp.issubdtype(dtype(equation.outvars[0]), jnp.inexact))
 
 
 def _is_matrix_product(equation: Equation) -> bool:
     """Whether rows of any array are multiplied with a matrix, without batch axes."""
     (contract_lhs, _), (batch, _) = equation.params["dimension_numbers"]
-    matrix = equation.invars[1].aval
-    return len(contract_lhs) == 1 and not batch and len(matrix.shape) == 2
+    return len(contract_lhs) == 1 and not batch and len(shape(equation.invars[1])) == 2
 
 
 def _take_columns(array: Array, columns: Sequence[tuple[int, int]]) -> list[Array]:
@@ -341,13 +342,13 @@ def _take_columns(array: Array, columns: Sequence[tuple[int, int]]) -> list[Arra
 
 def _columns(equation: Equation) -> list[tuple[int, int]] | None:
     """The ranges of the last axis that a slice or split takes, if it cuts no other axis."""
-    shape = equation.invars[0].aval.shape
+    whole = shape(equation.invars[0])
     params = equation.params
-    if equation.primitive is split_p() and params["axis"] == len(shape) - 1:
+    if equation.primitive is split_p() and params["axis"] == len(whole) - 1:
         stops = [sum(params["sizes"][: i + 1]) for i in range(len(params["sizes"]))]
         return list(zip([0, *stops[:-1]], stops, strict=True))
     if equation.primitive is slice_p and params["strides"] is None:
         starts, stops = params["start_indices"], params["limit_indices"]
-        if all(s == 0 for s in starts[:-1]) and tuple(stops[:-1]) == tuple(shape[:-1]):
+        if all(s == 0 for s in starts[:-1]) and tuple(stops[:-1]) == whole[:-1]:
             return [(starts[-1], stops[-1])]
     return None

@@ -116,7 +116,11 @@ def checked_step(step_function: Step, states: PyTree, constants: PyTree) -> Step
     """
 
     def step(input_t: PyTree, states_t: PyTree) -> tuple[PyTree, PyTree]:
-        given = states_t + type(states_t)(constants) if constants else states_t
+        batch = jax.tree.leaves(input_t)[0].shape[0]
+        # Containers of its own: a step may write into what it is given.
+        input_t, given = jax.tree.map(lambda leaf: leaf, (input_t, states_t))
+        if constants:
+            given = given + type(given)(constants)
         result = step_function(input_t, given)
         if not isinstance(result, tuple | list) or len(result) != 2:
             raise ValueError(
@@ -124,7 +128,6 @@ def checked_step(step_function: Step, states: PyTree, constants: PyTree) -> Step
                 f"(output_t, new_states)."
             )
         output, new_states = result
-        batch = jax.tree.leaves(input_t)[0].shape[0]
         new_states = _match_container(new_states, states, len(constants))
         return _check_output(output, batch), _match_leaves(new_states, states)
 
@@ -210,7 +213,7 @@ def _normalize_flags(name: str, flags: Any, batch: Any, time: Any, time_major: b
 
 
 def _within_length(input_length: Any, batch: Any, time: Any) -> Array:
-    """bool `[T, B]`: whether t < input_length."""
+    """Whether t < input_length: bool `[T, B]`."""
     length = _as_array("input_length", input_length)
     if length.shape not in ((), (batch,)) or not jnp.issubdtype(length.dtype, jnp.integer):
         raise ValueError(
@@ -238,7 +241,7 @@ def _check_per_sample(name: str, states: PyTree, batch: Any) -> None:
 
 def _match_container(new_states: PyTree, states: PyTree, constants: int) -> PyTree:
     """The new states in the container of `states`, once their structures agree."""
-    expected = jax.tree.structure(states)
+    expected = _structure(states)
     if isinstance(states, list | tuple) and isinstance(new_states, list | tuple):
         if len(new_states) != len(states):
             hint = " Constants are not states: leave them out." if constants else ""
@@ -247,9 +250,9 @@ def _match_container(new_states: PyTree, states: PyTree, constants: int) -> PyTr
                 f"as initial_states holds.{hint}"
             )
         new_states = jax.tree.unflatten(
-            jax.tree.structure(states, is_leaf=lambda s: s is not states), list(new_states)
+            _structure(states, is_leaf=lambda s: s is not states), list(new_states)
         )
-    if jax.tree.structure(new_states) != expected:
+    if _structure(new_states) != expected:
         path, got, wanted = _first_difference(new_states, states, "")
         raise ValueError(
             f"step_function returned new_states{path} as {got}; expected {wanted}, the structure "
@@ -268,7 +271,7 @@ def _first_difference(got: PyTree, expected: PyTree, path: str) -> tuple[str, st
     ours, theirs = children(got), children(expected)
     if type(got) is type(expected) and [k for k, _ in ours] == [k for k, _ in theirs]:
         for (key, mine), (_, other) in zip(ours, theirs, strict=True):
-            if jax.tree.structure(mine) != jax.tree.structure(other):
+            if _structure(mine) != _structure(other):
                 return _first_difference(mine, other, path + key)
     return path, _describe(got), _describe(expected)
 
@@ -318,6 +321,10 @@ def _as_array(name: str, value: Any) -> Array:
     except TypeError as error:
         raise TypeError(f"{name} is {_describe(value)}; expected an array.") from error
     return array if is_key(array) else lax.convert_element_type(array, array.dtype)
+
+
+def _structure(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> Any:
+    return jax.tree.structure(tree, is_leaf)
 
 
 def _describe(value: Any) -> str:

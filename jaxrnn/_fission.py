@@ -20,7 +20,7 @@ value crosses a cut where it is small: what merely arranges data is repeated on 
 that carries fewer bytes. Nothing is executed here.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from jaxrnn._jaxpr import (
@@ -125,6 +125,7 @@ def _times(body: Program, consts: int, carry: int) -> dict[Var, int]:
         back = _bits(fed, reach)
         return bool(_union(depends, equation.invars) & (fed | back))
 
+    stays = {id(e): not is_movable(e) for e in body.equations}
     leaves_loop = {
         id(e): is_heavy(e) and is_movable(e) and not in_a_cycle(e) for e in body.equations
     }
@@ -134,9 +135,8 @@ def _times(body: Program, consts: int, carry: int) -> dict[Var, int]:
     while True:
         for equation in body.equations:
             time = max((times[v] for v in variables(equation.invars)), default=-1)
-            if time % 2 == 1 and time > 0 and leaves_loop[id(equation)]:
-                time += 1
-            elif time % 2 == 0 and not is_movable(equation):
+            in_a_loop = time > 0 and time % 2 == 1
+            if time >= 0 and (leaves_loop if in_a_loop else stays)[id(equation)]:
                 time += 1
             times |= dict.fromkeys(equation.outvars, time)
         late = {
@@ -214,33 +214,22 @@ class _Cut:
     ):
         self.body, self.consts, self.carry, self.times = body, consts, carry, times
         self.carries = body.invars[consts : consts + carry]
-        self.carry_index = {v: i for i, v in enumerate(self.carries)}
         self.new = body.outvars[:carry]
-        self.time_of = {
-            id(e): max((times[v] for v in e.outvars), default=-1) for e in body.equations
-        }
+        made = [v for e in body.equations for v in e.outvars]
+        self.position = {v: i for i, v in enumerate([*body.invars, *made])}
         self.cost: dict[Var, int] = {}
         self.heavy: set[Var] = set()
         self.accumulated: set[Var] = set(accumulated)
         for equation in body.equations:
             self._weigh(equation)
+        # What is still wanted of what has not been cut yet: a row per step, or one value for all.
+        self.rows: set[Var] = set()
+        self.once: set[Var] = set()
 
     def plan(self) -> Plan:
-        body, new = self.body, self.new
-        read = set(variables(a for e in body.equations for a in e.invars))
-        read |= set(variables(body.outvars[self.carry :]))
-        read |= {v for i, v in enumerate(new) if isinstance(v, Var) and v is not self.carries[i]}
-        unread = tuple(
-            i
-            for i, v in enumerate(self.carries)
-            if v not in read and new[i] is not v and self._time(new[i]) % 2 == 0
-        )
-        # Variables that a pass, a loop or the caller wants a row per step of, or once.
-        self.rows = set(variables(body.outvars[self.carry :]))
-        self.once: set[Var] = set()
-        tail = self._tail([new[i] for i in unread])
-        self._keep_times()
-
+        unread = self._unread()
+        tail = self._tail([self.new[i] for i in unread])
+        self._want(variables(self.body.outvars[self.carry :]))
         last = max([*self.times.values(), 0])
         stages: list[Stage] = []
         for time in range(last + last % 2, -1, -2):
@@ -253,35 +242,78 @@ class _Cut:
             program = self._pass(time)
             if loop is not None or program.outvars:
                 stages.append(Stage(program, loop))
-        invariant = self._invariant()
+        invariant = self._program(self._made(self.once), lambda time: time == -1)
+        stages.reverse()
         return Plan(
-            body,
+            self.body,
             self.consts,
             self.carry,
             invariant,
-            tuple(reversed(stages)),
+            tuple(stages),
             unread,
             tail,
             self.times,
         )
 
+    def _unread(self) -> tuple[int, ...]:
+        """The carries that nothing reads and that need no loop."""
+        read = set(variables(a for e in self.body.equations for a in e.invars))
+        read |= set(variables(self.body.outvars[self.carry :]))
+        for old, new in zip(self.carries, self.new, strict=True):
+            read |= {new} if isinstance(new, Var) and new is not old else set()
+        return tuple(
+            i
+            for i, (old, new) in enumerate(zip(self.carries, self.new, strict=True))
+            if old not in read and new is not old and self._time(new) % 2 == 0
+        )
+
     def _tail(self, wanted: list[Atom]) -> Program:
         """Work that is wanted of the last step alone; a last carry stands for a loop's last row."""
-        equations, taken = self._collect(
-            set(variables(wanted)),
-            lambda e: self.time_of[id(e)] % 2 == 0,
-            lambda e: self.time_of[id(e)] == -1 and self._repeats(e),
-        )
-        self.rows |= {v for v in taken if v not in self.new}
-        return self.body.cut(self._in_order(taken), wanted, equations)
+        program = self._program(wanted, lambda time: time % 2 == 0)
+        self._want(v for v in program.invars if v not in self.new)
+        return program
 
-    def _keep_times(self) -> None:
-        """What is wanted a row per step but does not change is wanted once."""
-        self.once |= {v for v in self.rows if self.times[v] == -1}
-        self.rows -= self.once
+    def _loop(self, time: int, members: tuple[int, ...]) -> Loop | None:
+        ys = self._in_order(v for v in self.rows if self.times[v] == time)
+        if not members and not ys:
+            return None
+        self.rows -= set(ys)
+        new = [self.new[i] for i in members]
+        old = [self.carries[i] for i in members]
+        program = self._program([*new, *ys], lambda t: t == time)
+        taken = [v for v in program.invars if v not in old]
+        consts = tuple(v for v in taken if self._is_const(v))
+        xs = tuple(v for v in taken if not self._is_const(v))
+        self._want(taken)
+        step = self.body.cut([*consts, *old, *xs], program.outvars, program.equations)
+        return Loop(step, consts, members, xs, ys)
 
-    def _time(self, atom: Atom) -> int:
-        return -1 if isinstance(atom, Literal) else self.times[atom]
+    def _pass(self, time: int) -> Program:
+        made = self._made(v for v in self.rows if self.times[v] == time)
+        self.rows -= set(made)
+        program = self._program(made, lambda t: t == time)
+        self._want(program.invars)
+        return program
+
+    def _program(self, wanted: Sequence[Atom], own: Callable[[int], bool]) -> Program:
+        """What makes `wanted`: equations whose time is `own`, and others where repeating pays."""
+        missing, taken = set(variables(wanted)), set()
+        equations = []
+        for equation in reversed(self.body.equations):
+            made = missing.intersection(equation.outvars)
+            if not made:
+                continue
+            missing -= made
+            if own(self._time(equation.outvars[0])) or self._repeats(equation):
+                equations.append(equation)
+                missing |= set(variables(equation.invars))
+            else:
+                taken |= made
+        return self.body.cut(self._in_order(taken | missing), wanted, reversed(equations))
+
+    def _want(self, wanted: Iterable[Var]) -> None:
+        for v in wanted:
+            (self.once if self.times[v] == -1 else self.rows).add(v)
 
     def _weigh(self, equation: Equation) -> None:
         """Records what it costs to carry a result of `equation` over a cut, in bytes per step."""
@@ -297,97 +329,29 @@ class _Cut:
                 self.accumulated.add(v)
 
     def _repeats(self, equation: Equation) -> bool:
-        """Whether to run `equation` again on the far side of a cut rather than carry its result."""
-        results = [v for v in equation.outvars]
+        """Whether to run `equation` again on the far side of a cut rather than carry its result.
+
+        Layout is repeated where its operands are smaller. Other work on inputs is repeated, that
+        is, stays in the loop, unless it follows from a product.
+        """
+        results = equation.outvars
         if any(v in self.accumulated for v in results):
             return False
-        if not is_free(equation):
-            return self.time_of[id(equation)] >= 0 and not any(v in self.heavy for v in results)
-        cheaper = any(self.cost[v] < size_in_bytes(v) for v in results)
-        return cheaper or (
-            self.time_of[id(equation)] >= 0 and not any(v in self.heavy for v in results)
-        )
-
-    def _collect(
-        self,
-        wanted: set[Var],
-        here: Callable[[Equation], bool],
-        repeats: Callable[[Equation], bool],
-    ) -> tuple[list[Equation], set[Var]]:
-        """The equations that make `wanted`, and the variables that they take from elsewhere."""
-        wanted, taken, equations = set(wanted), set(), []
-        for equation in reversed(self.body.equations):
-            made = wanted.intersection(equation.outvars)
-            if not made:
-                continue
-            if here(equation) or repeats(equation):
-                equations.append(equation)
-                wanted |= set(variables(equation.invars))
-            else:
-                taken |= made
-            wanted -= made
-        return equations[::-1], taken | wanted
-
-    def _loop(self, time: int, members: tuple[int, ...]) -> Loop | None:
-        own = {v for v in self.rows if self.times[v] == time}
-        if not members and not own:
-            return None
-        self.rows -= own
-        new = [self.new[i] for i in members]
-        wanted = {v for v in variables(new)} | own
-        equations, taken = self._collect(
-            wanted,
-            lambda e: self.time_of[id(e)] == time,
-            lambda e: (
-                self.time_of[id(e)] % 2 == 0
-                and self._repeats(e)
-                or self.time_of[id(e)] == -1
-                and self._repeats(e)
-            ),
-        )
-        old = [self.carries[i] for i in members]
-        taken -= set(old)
-        consts = self._in_order(v for v in taken if self._is_const(v))
-        xs = self._in_order(v for v in taken if not self._is_const(v))
-        ys = self._in_order(own)
-        self.once |= set(v for v in taken if self.times[v] == -1)
-        self.rows |= set(xs) - self.once
-        program = self.body.cut([*consts, *old, *xs], [*new, *ys], equations)
-        return Loop(program, consts, members, xs, ys)
+        if is_free(equation) and any(self.cost[v] < size_in_bytes(v) for v in results):
+            return True
+        even = self._time(results[0]) % 2 == 0
+        return even and not any(v in self.heavy for v in results)
 
     def _is_const(self, v: Var) -> bool:
         return self.times[v] == -1 and v not in self.accumulated
 
-    def _pass(self, time: int) -> Program:
-        made = {v for v in self.rows if self.times[v] == time and v not in self.body.invars}
-        self.rows -= made
-        equations, taken = self._collect(
-            made,
-            lambda e: self.time_of[id(e)] == time,
-            lambda e: (
-                self.time_of[id(e)] % 2 == 1
-                and self.time_of[id(e)] != time
-                and self._moves_up(e)
-                or self.time_of[id(e)] == -1
-                and self._repeats(e)
-            ),
-        )
-        self.once |= {v for v in taken if self.times[v] == -1}
-        self.rows |= {v for v in taken if self.times[v] >= 0}
-        return self.body.cut(self._in_order(taken), self._in_order(made), equations)
+    def _time(self, atom: Atom) -> int:
+        return -1 if isinstance(atom, Literal) else self.times[atom]
 
-    def _moves_up(self, equation: Equation) -> bool:
-        """Whether a pass makes a result of an earlier loop itself, from less than it is."""
-        return is_free(equation) and any(self.cost[v] < size_in_bytes(v) for v in equation.outvars)
-
-    def _invariant(self) -> Program:
-        made = {v for v in self.once if v not in self.body.invars}
-        equations, taken = self._collect(made, lambda e: self.time_of[id(e)] == -1, lambda e: False)
-        return self.body.cut(self._in_order(taken), self._in_order(made), equations)
+    def _made(self, wanted: Iterable[Var]) -> tuple[Var, ...]:
+        """Those of `wanted` that some equation makes."""
+        return self._in_order(v for v in wanted if v not in self.body.invars)
 
     def _in_order(self, wanted: Iterable[Var]) -> tuple[Var, ...]:
         """`wanted` in the order of the body, so that a plan is the same every time."""
-        if not hasattr(self, "_position"):
-            order = [*self.body.invars, *(v for e in self.body.equations for v in e.outvars)]
-            self._position = {v: i for i, v in enumerate(order)}
-        return tuple(sorted(set(wanted), key=self._position.__getitem__))
+        return tuple(sorted(set(wanted), key=self.position.__getitem__))

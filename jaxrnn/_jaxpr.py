@@ -7,7 +7,7 @@ captured constants. The jaxpr classes differ between JAX versions (from 0.12 on 
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -40,12 +40,12 @@ class Program(NamedTuple):
         """A program made of some of the equations of this one."""
         return Program(tuple(invars), tuple(outvars), tuple(equations), self.origin)
 
-    def __call__(self, *args: Any) -> list[Any]:
+    def run(self, *args: Any) -> list[Any]:
         """Runs the program."""
         jaxpr = self.origin.replace(
             constvars=(), invars=self.invars, outvars=self.outvars, eqns=list(self.equations)
         )
-        return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))(*args)
+        return list(core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))(*args))
 
 
 class Traced(NamedTuple):
@@ -96,7 +96,7 @@ def inline(program: Program, *args: Any) -> list[Any]:
     return [read(env, atom) for atom in program.outvars]
 
 
-def read(env: dict[Var, Any], atom: Atom) -> Any:
+def read(env: Mapping[Any, Any], atom: Atom) -> Any:
     """The value of an atom: a literal's own, a variable's in `env`."""
     return atom.val if isinstance(atom, Literal) else env[atom]
 
@@ -108,8 +108,18 @@ def variables(atoms: Iterable[Atom]) -> list[Var]:
 
 def size_in_bytes(atom: Atom) -> int:
     """The size of the array that `atom` stands for; a symbolic axis counts as 64."""
-    sizes = [n if isinstance(n, int) else 64 for n in atom.aval.shape]
-    return math.prod(sizes) * getattr(atom.aval.dtype, "itemsize", 8)
+    sizes = [n if isinstance(n, int) else 64 for n in shape(atom)]
+    return math.prod(sizes) * getattr(dtype(atom), "itemsize", 8)
+
+
+def shape(atom: Atom) -> tuple[int, ...]:
+    """The shape of the array that `atom` stands for."""
+    return tuple(atom.aval.shape)  # type: ignore[attr-defined]
+
+
+def dtype(atom: Atom) -> Any:
+    """The dtype of the array that `atom` stands for."""
+    return atom.aval.dtype  # type: ignore[attr-defined]
 
 
 def zeros_of(like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -133,9 +143,9 @@ def is_heavy(equation: Equation) -> bool:
 def is_movable(equation: Equation) -> bool:
     """Whether many steps of `equation` may be run at once, by `vmap`.
 
-    Under `vmap` a branch becomes a selection and a `while` runs until the last one is done: both may
-    cost more than they save, and differentiate differently. Random bits of generators other than
-    threefry depend on the batching. Of primitives that JAX does not list nothing is known.
+    Under `vmap` a branch becomes a selection and a `while` runs until the last one is done: both
+    may cost more than they save, and differentiate differently. Random bits of generators other
+    than threefry depend on the batching. Of primitives that JAX does not list nothing is known.
     """
     if equation.primitive in _PINNED or any(
         "rbg" in str(getattr(atom.aval, "dtype", "")) for atom in equation.invars

@@ -11,7 +11,7 @@ the sums that products enter into (a nonlinear operation needs the sum, not its 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,15 +24,26 @@ from jaxrnn._fission import Loop, Plan, fission
 from jaxrnn._jaxpr import Atom, Literal, Program, Var, bind, is_heavy, is_linear, read, trace
 
 Array = jax.Array
-Env = dict[Var, Any]
-# (loop, consts, carry, xs) -> (carry, ys), for one block.
-RunLoop = Callable[[Loop, list[Array], list[Array], list[Array]], tuple[list[Array], list[Array]]]
+Env = dict[Atom, Any]
+
+
+class Steps(NamedTuple):
+    """How a block is run through: as `lax.scan`'s `length`, `reverse` and `unroll`."""
+
+    length: int
+    reverse: bool
+    unroll: int | bool
+
+
+RunLoop = Callable[
+    [Loop, list[Array], list[Array], list[Array], Steps], tuple[list[Array], list[Array]]
+]
 
 
 def run_invariant(plan: Plan, consts: Sequence[Array]) -> Env:
     """The values of everything that does not depend on time."""
-    env = dict(zip(plan.body.invars[: plan.consts], consts, strict=True))
-    outs = plan.invariant(*(env[v] for v in plan.invariant.invars))
+    env: Env = dict(zip(plan.body.invars[: plan.consts], consts, strict=True))
+    outs = plan.invariant.run(*(env[v] for v in plan.invariant.invars))
     return env | dict(zip(plan.invariant.outvars, outs, strict=True))
 
 
@@ -41,10 +52,9 @@ def run_block(
     invariant: Env,
     carry: Sequence[Array],
     xs: Sequence[Array],
-    block: int,
-    reverse: bool,
+    steps: Steps,
     run_loop: RunLoop,
-    run_pass: Callable[..., list[Array]] | None = None,
+    wrap_pass: Callable[..., Any] = lambda run: run,
 ) -> tuple[list[Array], list[Array]]:
     """Runs a plan over one block of time.
 
@@ -52,14 +62,13 @@ def run_block(
         plan: the split body.
         invariant: from `run_invariant`.
         carry: the carries at the start of the block.
-        xs: the inputs of the block, arrays `[block, ...]`.
-        block: number of timesteps.
-        reverse: whether the last row comes first.
+        xs: the inputs of the block, arrays with a row per step.
+        steps: how many there are, and how they are run through.
         run_loop: runs one recurrence.
-        run_pass: applied to a pass (a function of rows) before it runs; `jax.checkpoint`, say.
+        wrap_pass: applied to a pass, a function, before it runs; `jax.checkpoint`, say.
 
     Returns:
-        The carries at the end of the block, and ys as arrays `[block, ...]`.
+        The carries at the end of the block, and ys with a row per step.
     """
     body, times = plan.body, plan.times
     env = dict(invariant)
@@ -69,13 +78,15 @@ def run_block(
     def rows(atom: Atom) -> Array:
         value = read(env, atom)
         constant = isinstance(atom, Literal) or times[atom] == -1
-        return jnp.broadcast_to(value, (block, *jnp.shape(value))) if constant else value
+        return jnp.broadcast_to(value, (steps.length, *jnp.shape(value))) if constant else value
 
     for program, loop in plan.stages:
         if program.outvars:
             axes = [None if times[v] == -1 else 0 for v in program.invars]
-            run = jax.vmap(program, in_axes=axes) if 0 in axes else program
-            outs = (run_pass or _plainly)(run)(*(env[v] for v in program.invars))
+            run: Callable[..., list[Array]] = program.run
+            if 0 in axes:
+                run = jax.vmap(run, in_axes=axes)
+            outs = wrap_pass(run)(*(env[v] for v in program.invars))
             env |= zip(program.outvars, outs, strict=True)
         if loop is not None:
             last, ys = run_loop(
@@ -83,23 +94,31 @@ def run_block(
                 [env[v] for v in loop.consts],
                 [carry[i] for i in loop.carry],
                 [rows(v) for v in loop.xs],
+                steps,
             )
             env |= zip(loop.ys, ys, strict=True)
             new_carry |= zip(loop.carry, last, strict=True)
     if plan.tail.outvars:
         ends = {body.outvars[i]: value for i, value in new_carry.items()}
         tail = [
-            ends[v] if v in ends else env[v] if times[v] == -1 else env[v][0 if reverse else -1]
+            ends[v]
+            if v in ends
+            else env[v]
+            if times[v] == -1
+            else env[v][0 if steps.reverse else -1]
             for v in plan.tail.invars
         ]
-        new_carry |= zip(plan.unread, plan.tail(*tail), strict=True)
+        new_carry |= zip(plan.unread, plan.tail.run(*tail), strict=True)
     return [new_carry[i] for i in range(plan.carry)], [
         rows(atom) for atom in body.outvars[plan.carry :]
     ]
 
 
-def _plainly(f: Callable[..., Any]) -> Callable[..., Any]:
-    return f
+def run_loop(
+    loop: Loop, consts: Sequence[Array], carry: Sequence[Array], xs: Sequence[Array], steps: Steps
+) -> tuple[list[Array], list[Array]]:
+    """Runs a loop of a plan as a recurrence with a derivative of its own."""
+    return run_recurrence(loop.program, consts, carry, xs, steps)
 
 
 def run_recurrence(
@@ -107,9 +126,7 @@ def run_recurrence(
     consts: Sequence[Array],
     carry: Sequence[Array],
     xs: Sequence[Array],
-    block: int,
-    reverse: bool,
-    unroll: int | bool,
+    steps: Steps,
 ) -> tuple[list[Array], list[Array]]:
     """`lax.scan` over `program`, with the derivative described at the top of this file.
 
@@ -117,15 +134,12 @@ def run_recurrence(
         program: `(consts, carry, x) -> (carry, y)`, flat.
         consts: the same at every step.
         carry: the first carry.
-        xs: arrays `[block, ...]`.
-        block: number of timesteps.
-        reverse: as in `lax.scan`.
-        unroll: as in `lax.scan`.
+        xs: arrays with a row per step.
+        steps: how many there are, and how they are run through.
 
     Returns:
-        The last carry, and ys as arrays `[block, ...]`.
+        The last carry, and ys with a row per step.
     """
-
     n_consts, n_carry = len(consts), len(carry)
 
     @jax.custom_jvp
@@ -133,19 +147,19 @@ def run_recurrence(
         consts: list[Array], carry: list[Array], xs: list[Array]
     ) -> tuple[list[Array], list[Array]]:
         def step(carry: list[Array], x: list[Array]) -> tuple[list[Array], list[Array]]:
-            outs = program(*consts, *carry, *x)
+            outs = program.run(*consts, *carry, *x)
             return outs[:n_carry], outs[n_carry:]
 
-        return lax.scan(step, carry, xs, block, reverse, unroll)
+        return lax.scan(step, carry, xs, *steps)
 
     def rule(primals: Any, tangents: Any) -> Any:
         kept = _kept(program)
         old = program.invars[n_consts : n_consts + n_carry]
         keeping = program.cut(program.invars, [*program.outvars, *old, *kept], program.equations)
-        last, rows = run_recurrence(keeping, *primals, block, reverse, unroll)
+        last, rows = run_recurrence(keeping, primals[0], primals[1], primals[2], steps)
         ys, states, values = _split(rows, len(program.outvars) - n_carry, n_carry)
-        tangent = _Tangent(program, kept, *primals, states, values, *tangents)
-        t_last, t_ys = tangent.run(block, reverse, unroll)
+        tangent = _Tangent(program, kept, primals, states, values, tangents)
+        t_last, t_ys = tangent.run(steps)
         return (last, ys), (_fill(last, t_last), _fill(ys, t_ys))
 
     recurrence.defjvp(rule, symbolic_zeros=True)
@@ -196,8 +210,8 @@ def _kept(program: Program) -> list[Var]:
 
 
 @jax.custom_jvp
-def _known(value: Array, computed: Array) -> Array:
-    """`value`, with the derivative of `computed`, which it equals."""
+def _known(value: Array, _computed: Array) -> Array:
+    """`value`, with the derivative of `_computed`, which it equals."""
     return value
 
 
@@ -213,15 +227,14 @@ class _Tangent:
         self,
         program: Program,
         kept: Sequence[Var],
-        consts: Sequence[Array],
-        carry: Sequence[Array],
-        xs: Sequence[Array],
+        primals: Any,
         states: Sequence[Array],
         values: Sequence[Array],
-        t_consts: Sequence[Any],
-        t_carry: Sequence[Any],
-        t_xs: Sequence[Any],
+        tangents: Any,
     ):
+        """Both `primals` and `tangents` are consts, the first carry, xs."""
+        consts, carry, xs = primals
+        t_consts, t_carry, t_xs = tangents
         self.program, self.kept = program, kept
         self.consts = list(consts)
         self.rows = [list(xs), list(states), list(values)]
@@ -235,7 +248,7 @@ class _Tangent:
         ]
         self.t_xs = [t_xs[i] for i in self.moving_xs]
 
-    def run(self, block: int, reverse: bool, unroll: int | bool) -> tuple[list[Array], list[Array]]:
+    def run(self, steps: Steps) -> tuple[list[Array], list[Array]]:
         """The tangents of the last carry and of ys, of the differentiable ones among them."""
         consts = [*self.consts, *self.t_consts]
         xs = [*self.t_xs, *(row for group in self.rows for row in group)]
@@ -259,33 +272,36 @@ class _Tangent:
         )
 
         def run_loop(
-            loop: Loop, consts: list[Array], carry: list[Array], rows: list[Array]
+            loop: Loop,
+            consts: list[Array],
+            carry: list[Array],
+            rows: list[Array],
+            steps: Steps,
         ) -> tuple[list[Array], list[Array]]:
             # Transposition wants the linear inputs first.
             order = sorted(range(len(rows)), key=lambda i: loop.xs[i] not in linear)
             back = sorted(range(len(rows)), key=order.__getitem__)
 
             def step(carry: list[Array], x: list[Array]) -> tuple[list[Array], list[Array]]:
-                outs = loop.program(*consts, *carry, *(x[i] for i in back))
+                outs = loop.program.run(*consts, *carry, *(x[i] for i in back))
                 return outs[: len(carry)], outs[len(carry) :]
 
             step = jax.checkpoint(step, prevent_cse=False)
-            return lax.scan(step, carry, [rows[i] for i in order], block, reverse, unroll)
+            return lax.scan(step, carry, [rows[i] for i in order], *steps)
 
         return run_block(
             plan,
             run_invariant(plan, consts),
             self.t_carry,
             xs,
-            block,
-            reverse,
+            steps,
             run_loop,
             jax.checkpoint,
         )
 
     def _step(self, *args: Array) -> list[Array]:
         """The tangents of one step's new carry and y, from everything that it may depend on."""
-        n_xs, n_states, n_values = map(len, self.rows)
+        n_xs, n_states, _ = map(len, self.rows)
         consts, t_consts, t_carry, t_xs, xs, states, values = _split(
             args,
             len(self.consts),

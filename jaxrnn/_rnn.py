@@ -218,25 +218,26 @@ def _trace_output(step: Step, inputs: PyTree, states: PyTree) -> tuple[PyTree, b
     def trace(input_t: PyTree, states_t: PyTree) -> PyTree:
         nonlocal is_state
         output, new_states = step(input_t, states_t)
-        first = _first_state(new_states)
-        is_state = jax.tree.structure(output) == jax.tree.structure(first) and all(
-            y is s for y, s in zip(jax.tree.leaves(output), jax.tree.leaves(first), strict=True)
-        )
+        is_state = _agree(lambda y, s: y is s, output, _first_state(new_states))
         return output
 
-    input_like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), inputs)
-    return jax.eval_shape(trace, input_like, states), is_state
+    return jax.eval_shape(trace, jax.tree.map(lambda x: x[0], inputs), states), is_state
 
 
 def _initial_output(output_like: PyTree, states: PyTree) -> PyTree:
     """What is held before a sample's first valid step."""
     first = _first_state(states)
-    shapes = [y.shape for y in jax.tree.leaves(output_like)]
-    if jax.tree.structure(first) == jax.tree.structure(output_like) and shapes == [
-        s.shape for s in jax.tree.leaves(first)
-    ]:
+    if _agree(lambda s, y: s.shape == y.shape, first, output_like):
         return jax.tree.map(lambda s, y: s.astype(y.dtype), first, output_like)
     return jax.tree.map(zeros_of, output_like)
+
+
+def _agree(same: Callable[[Any, Any], bool], first: PyTree, second: PyTree) -> bool:
+    """Whether two pytrees have one structure and all pairs of leaves are the `same`."""
+    structures: list[Any] = [jax.tree.structure(first), jax.tree.structure(second)]
+    return structures[0] == structures[1] and all(
+        map(same, jax.tree.leaves(first), jax.tree.leaves(second))
+    )
 
 
 def _first_state(states: PyTree) -> PyTree:

@@ -1,7 +1,7 @@
 """`scan`: `jax.lax.scan` run as an expert would have written it, over blocks of time."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxrnn._algebra import simplify
-from jaxrnn._fission import Loop, Plan, fission
+from jaxrnn._fission import Plan, fission
 from jaxrnn._jaxpr import is_heavy, is_movable, size_in_bytes, trace, variables
-from jaxrnn._recurrence import run_block, run_invariant, run_recurrence
+from jaxrnn._recurrence import Steps, run_block, run_invariant, run_loop
 
 Array = jax.Array
 PyTree = Any
@@ -59,7 +59,9 @@ def scan(
     """
     check_options(chunk, remat, method)
     time = _time(xs, length)
-    if time is None or time < 1 or (method == "lax" and not remat):
+    if time is None:  # symbolic, and then it cannot be unrolled in groups; or a user's mistake
+        return lax.scan(f, init, xs, length, reverse)
+    if time < 1 or (method == "lax" and not remat):
         return lax.scan(f, init, xs, length, reverse, unroll)
     split = None if method == "lax" else split_body(f, init, xs)
     if split is None and not remat:
@@ -68,28 +70,18 @@ def scan(
     block = _block_length(chunk, remat, time, split)
     if split is None:
 
-        def run(carry: PyTree, xs: PyTree, block: int) -> tuple[PyTree, PyTree]:
-            return lax.scan(f, carry, xs, block, reverse, unroll)
+        def run_plainly(carry: PyTree, xs: PyTree, steps: Steps) -> tuple[PyTree, PyTree]:
+            return lax.scan(f, carry, xs, *steps)
 
-        return over_blocks(run, init, xs, time, block, reverse, unroll, remat)
+        return over_blocks(run_plainly, init, xs, Steps(time, reverse, unroll), block, remat)
 
-    invariant = run_invariant(split.plan, split.consts)
+    plan, invariant = split.plan, run_invariant(split.plan, split.consts)
 
-    def run_loop(
-        loop: Loop, consts: Sequence[Array], carry: Sequence[Array], xs: Sequence[Array]
-    ) -> tuple[list[Array], list[Array]]:
-        steps = xs[0].shape[0] if xs else current
-        return run_recurrence(loop.program, consts, carry, xs, steps, reverse, unroll)
-
-    current = block
-
-    def run(carry: list[Array], xs: list[Array], block: int) -> tuple[list[Array], list[Array]]:
-        nonlocal current
-        current = block
-        return run_block(split.plan, invariant, carry, xs, block, reverse, run_loop)
+    def run(carry: list[Array], xs: list[Array], steps: Steps) -> tuple[list[Array], list[Array]]:
+        return run_block(plan, invariant, carry, xs, steps, run_loop)
 
     carry, ys = over_blocks(
-        run, jax.tree.leaves(init), jax.tree.leaves(xs), time, block, reverse, unroll, remat
+        run, jax.tree.leaves(init), jax.tree.leaves(xs), Steps(time, reverse, unroll), block, remat
     )
     return jax.tree.unflatten(split.out_tree, [*carry, *ys])
 
@@ -126,42 +118,40 @@ def split_body(f: Body, init: PyTree, xs: PyTree) -> Split | None:
 
 
 def over_blocks(
-    run_block: Callable[[PyTree, PyTree, int], tuple[PyTree, PyTree]],
+    run_block: Callable[[PyTree, PyTree, Steps], tuple[PyTree, PyTree]],
     init: PyTree,
     xs: PyTree,
-    time: int,
+    steps: Steps,
     block: int,
-    reverse: bool,
-    unroll: int | bool,
     remat: bool,
 ) -> tuple[PyTree, PyTree]:
     """Runs `run_block` over consecutive blocks of time, the shorter remainder last.
 
     Args:
-        run_block: `(carry, xs of one block, timesteps in it) -> (carry, ys of that block)`.
+        run_block: `(carry, xs of one block, its steps) -> (carry, ys of that block)`.
         init: the first carry.
         xs: pytree of arrays `[T, ...]`.
-        time: T.
+        steps: all T of them.
         block: timesteps per block, at most T.
-        reverse: whether the last block comes first.
-        unroll: True to unroll the loop over blocks.
         remat: whether only the carries between blocks are kept for the backward pass.
 
     Returns:
         The last carry, and ys as a pytree of arrays `[T, ...]`.
     """
+    time, reverse, unroll = steps
     blocks, rest = divmod(time, block)
 
-    def run(carry: PyTree, xs: PyTree, steps: int) -> tuple[PyTree, PyTree]:
+    def run(carry: PyTree, xs: PyTree, count: int) -> tuple[PyTree, PyTree]:
         def plain(carry: PyTree, xs: PyTree) -> tuple[PyTree, PyTree]:
-            return run_block(carry, xs, steps)
+            return run_block(carry, xs, Steps(count, reverse, unroll))
 
         # Inside a loop nothing can be merged with its recomputation; in a lone block it could.
-        inside = steps == block and blocks > 1
+        inside = count == block and blocks > 1
         return (jax.checkpoint(plain, prevent_cse=not inside) if remat else plain)(carry, xs)
 
     if blocks == 1 and not rest:
         return run(init, xs, time)
+
     split = rest if reverse else time - rest
     first = jax.tree.map(lambda x: x[:split], xs)
     second = jax.tree.map(lambda x: x[split:], xs)
@@ -186,13 +176,14 @@ def over_blocks(
 def check_options(chunk: Any, remat: Any, method: Any) -> None:
     """Raises the ValueError that a wrong option of the engine deserves."""
     is_count = isinstance(chunk, int) and not isinstance(chunk, bool) and chunk >= 1
-    if not (chunk is None or chunk == "auto" or is_count):
+    is_auto = isinstance(chunk, str) and chunk == "auto"
+    if not (chunk is None or is_auto or is_count):
         raise ValueError(
             f"chunk is {chunk!r}; expected 'auto', None, or a number of timesteps n >= 1."
         )
     if not isinstance(remat, bool):
         raise ValueError(f"remat is {remat!r}; expected True or False.")
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"method is {method!r}; expected one of {', '.join(map(repr, METHODS))}.")
 
 
