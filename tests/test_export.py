@@ -25,7 +25,7 @@ def symbolic(arguments, batch, time):
     ), jax.ShapeDtypeStruct((b, t), bool)
 
 
-@pytest.mark.parametrize("flags", [{}, {"go_backwards": True, "remat": True}])
+@pytest.mark.parametrize("flags", [{"unroll": 2}, {"go_backwards": True, "remat": True}])
 @pytest.mark.parametrize("name", ["lstm", "nested_inputs_and_outputs"])
 def test_symbolic_batch_and_time(name, flags):
     case = CASES[name]

@@ -278,3 +278,24 @@ def test_a_mask_of_ones_is_no_mask():
     expected = case.call(jaxrnn.rnn, jnp, arguments)
     assert_same(case.call(jaxrnn.rnn, jnp, arguments, mask=np.ones((3, 7))), expected)
     assert_same(case.call(jaxrnn.rnn, jnp, arguments, input_length=7), expected)
+
+
+@pytest.mark.parametrize("container", ["list", "dict"])
+def test_a_step_may_write_into_the_containers_it_was_given(container):
+    """What such a step changes is a list or dict of its own: masks and resets still hold."""
+    key = 0 if container == "list" else "n"
+
+    def step(x, states):
+        x["a"] = x["a"] + 1.0
+        states[key] = states[key] + x["a"]
+        return states[key], states
+
+    inputs, state = {"a": np.zeros((3, 7, 1), np.float32)}, np.zeros((3, 1), np.float32)
+    states = [state] if container == "list" else {"n": state}
+    reset = np.zeros((3, 7), bool)
+    reset[0, 3] = True
+    _, outputs, new_states = jaxrnn.rnn(step, inputs, states, mask=GAPS, reset=reset)
+    np.testing.assert_array_equal(new_states[key][:, 0], [2.0, 3.0, 0.0])
+    np.testing.assert_array_equal(outputs[0, :, 0], [1.0, 2.0, 2.0, 1.0, 1.0, 1.0, 2.0])
+    assert states[key] is state
+    assert not inputs["a"].any()
