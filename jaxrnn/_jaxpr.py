@@ -135,9 +135,26 @@ def is_heavy(equation: Equation) -> bool:
 
     A gather counts, because its transpose is a scatter into the whole table.
     """
-    return equation.primitive in _HEAVY or any(
-        is_heavy(inner) for jaxpr in _inner_jaxprs(equation) for inner in jaxpr.eqns
-    )
+    return equation.primitive in _HEAVY or any(map(is_heavy, inner_equations(equation)))
+
+
+def multiply_adds(equation: Equation) -> int:
+    """The multiplications of a matrix product or convolution; 0 for anything else."""
+    if equation.primitive not in _PRODUCTS:
+        return 0
+    lhs, rhs = equation.invars[:2]
+    if equation.primitive is dot_general_p:
+        (contracted, _), _ = equation.params["dimension_numbers"]
+        per_output = math.prod(shape(lhs)[axis] for axis in contracted)
+    else:
+        outputs = equation.params["dimension_numbers"].rhs_spec[0]
+        per_output = math.prod(shape(rhs)) // max(shape(rhs)[outputs], 1)
+    return per_output * math.prod(shape(equation.outvars[0]))
+
+
+def inner_equations(equation: Equation) -> list[Equation]:
+    """The equations of the functions that `equation` calls."""
+    return [inner for jaxpr in _inner_jaxprs(equation) for inner in jaxpr.eqns]
 
 
 def is_movable(equation: Equation) -> bool:
@@ -152,9 +169,7 @@ def is_movable(equation: Equation) -> bool:
     ):
         return False
     known = equation.primitive in _LISTED or equation.primitive is split_p()
-    return known and all(
-        is_movable(inner) for jaxpr in _inner_jaxprs(equation) for inner in jaxpr.eqns
-    )
+    return known and all(map(is_movable, inner_equations(equation)))
 
 
 def is_free(equation: Equation) -> bool:
@@ -192,10 +207,9 @@ squeeze_p = p.squeeze_p
 _INLINED = frozenset({p.jit_p, p.closed_call_p})
 _LISTED = frozenset(value for name, value in vars(p).items() if name.endswith("_p"))
 _PINNED = frozenset({p.cond_p, p.while_p, p.rng_bit_generator_p, p.rng_uniform_p})
-_HEAVY = frozenset(
+_PRODUCTS = frozenset({p.dot_general_p, p.conv_general_dilated_p})
+_HEAVY = _PRODUCTS | frozenset(
     {
-        p.dot_general_p,
-        p.conv_general_dilated_p,
         p.gather_p,
         p.scan_p,
         p.cholesky_p,

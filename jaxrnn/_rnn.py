@@ -89,6 +89,47 @@ def rnn(
     Typed PRNG keys (`jax.random.key`) in the states belong to the call, not to a sample: they move
     on at masked steps too, and no reset sets them back.
     """
+    options, operands = prepare(
+        step_function,
+        inputs,
+        initial_states,
+        go_backwards,
+        mask,
+        constants,
+        unroll,
+        input_length,
+        time_major,
+        zero_output_for_mask,
+        return_all_outputs,
+        reset=reset,
+        chunk=chunk,
+        remat=remat,
+        method=method,
+    )
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(operands)):
+        return run(step_function, options, operands)
+    return _compiled(step_function)(options, operands)
+
+
+def prepare(
+    step_function: Step,
+    inputs: PyTree,
+    initial_states: PyTree,
+    go_backwards: bool = False,
+    mask: Any = None,
+    constants: PyTree = None,
+    unroll: bool | int = False,
+    input_length: Any = None,
+    time_major: bool = False,
+    zero_output_for_mask: bool = False,
+    return_all_outputs: bool = True,
+    *,
+    reset: Any = None,
+    chunk: int | str | None = "auto",
+    remat: bool = False,
+    method: str = "auto",
+) -> tuple[Options, Operands]:
+    """The arguments of `rnn`, checked and in normal form."""
     if not callable(step_function):
         raise TypeError(
             f"step_function is {step_function!r}; expected a function "
@@ -109,12 +150,16 @@ def rnn(
         remat=remat,
         method=method,
     )
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(operands)):
-        return _run(step_function, options, operands)
-    return _compiled(step_function)(options, operands)
+    return options, operands
 
 
-def _run(step_function: Step, options: Options, operands: Operands) -> Result:
+def run(
+    step_function: Step,
+    options: Options,
+    operands: Operands,
+    scan: Callable[..., tuple[PyTree, PyTree]] = scan,
+) -> Result:
+    """`rnn` from its normal form on; `scan` is there for `explain` to listen at."""
     inputs, states, constants, valid, reset = operands
     step = _arguments.checked_step(step_function, states, constants)
     output_like, output_is_state = _trace_output(step, inputs, states)
@@ -184,7 +229,7 @@ def _run(step_function: Step, options: Options, operands: Operands) -> Result:
 
 
 def _compiled(step_function: Step) -> Callable[[Options, Operands], Result]:
-    """`_run` of a step, jitted once: a second call outside jit traces nothing.
+    """`run` of a step, jitted once: a second call outside jit traces nothing.
 
     Kept as long as the step is: the jitted function refers to it weakly, or the step would never
     be freed. A step that cannot be referred to so is simply traced again.
@@ -194,13 +239,13 @@ def _compiled(step_function: Step) -> Callable[[Options, Operands], Result]:
     except KeyError:
         reference = weakref.ref(step_function)
     except TypeError:
-        return functools.partial(_run, step_function)
+        return functools.partial(run, step_function)
 
     @functools.partial(jax.jit, static_argnums=0)
     def rnn(options: Options, operands: Operands) -> Result:
         step = reference()
         assert step is not None, "the caller holds it"
-        return _run(step, options, operands)
+        return run(step, options, operands)
 
     _compiled_steps[step_function] = rnn
     return rnn

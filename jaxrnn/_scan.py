@@ -1,7 +1,7 @@
 """`scan`: `jax.lax.scan` run as an expert would have written it, over blocks of time."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,7 @@ from jax import lax
 
 from jaxrnn._algebra import simplify
 from jaxrnn._fission import Plan, fission
-from jaxrnn._jaxpr import is_heavy, is_movable, size_in_bytes, trace, variables
+from jaxrnn._jaxpr import Traced, is_heavy, is_movable, size_in_bytes, trace, variables
 from jaxrnn._recurrence import Steps, run_block, run_invariant, run_loop
 
 Array = jax.Array
@@ -67,7 +67,7 @@ def scan(
     if split is None and not remat:
         return lax.scan(f, init, xs, length, reverse, unroll)
 
-    block = _block_length(chunk, remat, time, split)
+    block = block_length(chunk, remat, time, split)
     if split is None:
 
         def run_plainly(carry: PyTree, xs: PyTree, steps: Steps) -> tuple[PyTree, PyTree]:
@@ -75,23 +75,40 @@ def scan(
 
         return over_blocks(run_plainly, init, xs, Steps(time, reverse, unroll), block, remat)
 
-    plan, invariant = split.plan, run_invariant(split.plan, split.consts)
+    steps = Steps(time, reverse, unroll)
+    carry, ys = run_split(
+        split.plan, split.consts, jax.tree.leaves(init), jax.tree.leaves(xs), steps, block, remat
+    )
+    return jax.tree.unflatten(split.traced.out_tree, [*carry, *ys])
+
+
+def run_split(
+    plan: Plan,
+    consts: Sequence[Array],
+    carry: list[Array],
+    xs: list[Array],
+    steps: Steps,
+    block: int,
+    remat: bool,
+) -> tuple[list[Array], list[Array]]:
+    """Runs a split body, everything flat, over blocks of time."""
+    invariant = run_invariant(plan, consts)
 
     def run(carry: list[Array], xs: list[Array], steps: Steps) -> tuple[list[Array], list[Array]]:
         return run_block(plan, invariant, carry, xs, steps, run_loop)
 
-    carry, ys = over_blocks(
-        run, jax.tree.leaves(init), jax.tree.leaves(xs), Steps(time, reverse, unroll), block, remat
-    )
-    return jax.tree.unflatten(split.out_tree, [*carry, *ys])
+    return over_blocks(run, carry, xs, steps, block, remat)
 
 
 class Split(NamedTuple):
-    """A body after fission: the plan, what it closes over, and the structure of its results."""
+    """A body after fission: the plan, what it closes over, and the structure of its results.
+
+    `traced` is the body as it was before, `program(*traced.consts, *carry, *x)`.
+    """
 
     plan: Plan
     consts: tuple[Any, ...]
-    out_tree: Any
+    traced: Traced
 
 
 def split_body(f: Body, init: PyTree, xs: PyTree) -> Split | None:
@@ -114,7 +131,7 @@ def split_body(f: Body, init: PyTree, xs: PyTree) -> Split | None:
     example = [*traced.consts, *carry, *x]
     body = simplify(program, len(traced.consts), len(carry), example)
     consts = (*body.consts, *traced.consts)
-    return Split(fission(body.program, len(consts), len(carry)), consts, traced.out_tree)
+    return Split(fission(body.program, len(consts), len(carry)), consts, traced)
 
 
 def over_blocks(
@@ -197,7 +214,8 @@ def _time(xs: PyTree, length: Any) -> int | None:
     return time if isinstance(time, int) else None
 
 
-def _block_length(chunk: int | str | None, remat: bool, time: int, split: Split | None) -> int:
+def block_length(chunk: int | str | None, remat: bool, time: int, split: Split | None) -> int:
+    """Timesteps per block."""
     if isinstance(chunk, int):
         return min(chunk, time)
     if chunk is None:

@@ -1,0 +1,195 @@
+"""`explain`: what became of a step, as text."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxrnn import _jaxpr, _rnn
+from jaxrnn._arguments import Step
+from jaxrnn._fission import Plan
+from jaxrnn._jaxpr import Equation, Program
+from jaxrnn._recurrence import Steps
+from jaxrnn._scan import Split, block_length, run_split, split_body
+
+Array = jax.Array
+PyTree = Any
+
+_WIDTH = 80
+
+
+def explain(
+    step_function: Step, inputs: PyTree, initial_states: PyTree, *args: Any, **kwargs: Any
+) -> str:
+    """Says what `jaxrnn.rnn` makes of a step; nothing is computed.
+
+    Args:
+        step_function: as in `jaxrnn.rnn`.
+        inputs: as in `jaxrnn.rnn`.
+        initial_states: as in `jaxrnn.rnn`.
+        *args: further arguments of `jaxrnn.rnn`.
+        **kwargs: further arguments of `jaxrnn.rnn`.
+
+    Returns:
+        Lines of at most 80 characters: which operations run once, which per block of time before
+        the loop (prologue), in the loop (recurrence) and after it (epilogue); the multiply-adds of
+        the products per step, in the loop and outside; the bytes that are kept for the backward
+        pass, beside those of plain `jax.lax.scan`; the block length and the method.
+
+    Raises:
+        ValueError: as `jaxrnn.rnn`.
+        TypeError: as `jaxrnn.rnn`.
+    """
+    lines: list[str] = []
+
+    def listen(body: Callable[..., Any], init: PyTree, xs: PyTree, **options: Any) -> Any:
+        lines.extend(_report(body, init, xs, **options))
+        return lax.scan(body, init, xs)
+
+    settings, operands = _rnn.prepare(step_function, inputs, initial_states, *args, **kwargs)
+    jax.eval_shape(lambda operands: _rnn.run(step_function, settings, operands, listen), operands)
+    return "\n".join(lines)
+
+
+def _report(
+    body: Callable[..., Any],
+    init: PyTree,
+    xs: PyTree,
+    *,
+    reverse: bool,
+    unroll: int | bool,
+    chunk: int | str | None,
+    remat: bool,
+    method: str,
+) -> list[str]:
+    time = jax.tree.leaves(xs)[0].shape[0]
+    if method == "lax" or not isinstance(time, int):
+        why = "it was asked for" if method == "lax" else "the time axis is symbolic"
+        return [f"plain lax.scan over {time} steps: {why}"]
+    split = split_body(body, init, xs)
+    if split is None:
+        return [
+            f"plain lax.scan over {time} steps: the step has effects, or no product to move out"
+        ]
+    block = block_length(chunk, remat, time, split)
+    kept = " (rematerialised)" if remat else ""
+    lines = [f'method "sequential" over {time} steps, in blocks of {block}{kept}']
+    lines += _section("once, from parameters alone", split.plan.invariant)
+    for i, stage in enumerate(split.plan.stages):
+        when = "prologue" if i == 0 else "epilogue" if stage.loop is None else "between loops"
+        lines += _section(f"per block of time: {when}", stage.program)
+        if stage.loop is not None:
+            lines += _section("step by step: recurrence", stage.loop.program)
+    return [*lines, "", *_figures(split, init, xs, Steps(time, reverse, unroll), block, remat)]
+
+
+def _section(title: str, program: Program) -> list[str]:
+    """A title and the operations under it, products with their shapes first."""
+    if not program.equations:
+        return []
+    products = Counter(_signature(e) for e in program.equations if _jaxpr.multiply_adds(e))
+    others = Counter(str(e.primitive) for e in program.equations if not _jaxpr.multiply_adds(e))
+    lines = ["", title]
+    lines += [f"  {name}{_times(n)}" for name, n in products.items()]
+    return lines + _wrap(f"{name}{_times(n)}" for name, n in others.items())
+
+
+def _figures(
+    split: Split, init: PyTree, xs: PyTree, steps: Steps, block: int, remat: bool
+) -> list[str]:
+    before = sum(map(_jaxpr.multiply_adds, split.traced.program.equations))
+    before += sum(map(_jaxpr.multiply_adds, _nested(split.traced.program.equations)))
+    inside, outside = _work(split.plan)
+    ours, theirs = _kept_bytes(split, init, xs, steps, block, remat)
+    return [
+        f"multiply-adds per step    {inside:>14,} in the loop, {outside:,} outside",
+        f"  plain lax.scan          {before:>14,} in the loop",
+        f"kept for the gradient     {_mebibytes(ours):>14}",
+        f"  plain lax.scan          {_mebibytes(theirs):>14}",
+    ]
+
+
+def _work(plan: Plan) -> tuple[int, int]:
+    """Multiply-adds per step in the loops, and in the passes over blocks."""
+    loops = [stage.loop.program for stage in plan.stages if stage.loop is not None]
+    passes = [stage.program for stage in plan.stages]
+    inside, outside = (
+        sum(_jaxpr.multiply_adds(e) for program in programs for e in program.equations)
+        for programs in (loops, passes)
+    )
+    return inside, outside
+
+
+def _kept_bytes(
+    split: Split, init: PyTree, xs: PyTree, steps: Steps, block: int, remat: bool
+) -> tuple[int, int]:
+    """What the backward pass keeps beside the arguments, here and with plain `lax.scan`."""
+    carry, rows = jax.tree.leaves(init), jax.tree.leaves(xs)
+
+    def ours(consts: Sequence[Array], carry: list[Array], rows: list[Array]) -> PyTree:
+        return run_split(split.plan, consts, carry, rows, steps, block, remat)
+
+    def theirs(consts: Sequence[Array], carry: list[Array], rows: list[Array]) -> PyTree:
+        def body(carry: list[Array], row: list[Array]) -> PyTree:
+            outs = split.traced.program.run(*consts, *carry, *row)
+            return outs[: len(carry)], outs[len(carry) :]
+
+        return lax.scan(body, carry, rows, *steps)
+
+    return (
+        _residual_bytes(ours, split.consts, carry, rows),
+        _residual_bytes(theirs, split.traced.consts, carry, rows),
+    )
+
+
+def _residual_bytes(f: Callable[..., PyTree], *groups: Sequence[Array]) -> int:
+    args, structure = jax.tree.flatten([list(group) for group in groups])
+    moving = [i for i, x in enumerate(args) if jnp.issubdtype(x.dtype, jnp.inexact)]
+
+    def residuals(*args: Array) -> list[Array]:
+        def of_moving(*moved: Array) -> PyTree:
+            given = list(args)
+            for i, x in zip(moving, moved, strict=True):
+                given[i] = x
+            return f(*jax.tree.unflatten(structure, given))
+
+        return jax.tree.leaves(jax.vjp(of_moving, *(args[i] for i in moving))[1])
+
+    program = _jaxpr.trace(residuals, *args).program
+    kept = set(_jaxpr.variables(program.outvars)) - set(program.invars)
+    return sum(map(_jaxpr.size_in_bytes, kept))
+
+
+def _nested(equations: Iterable[Equation]) -> list[Equation]:
+    """The equations inside calls, at any depth."""
+    inner = [e for outer in equations for e in _jaxpr.inner_equations(outer)]
+    return [*inner, *_nested(inner)] if inner else []
+
+
+def _signature(equation: Equation) -> str:
+    operands = " @ ".join(
+        f"{_jaxpr.dtype(atom)}{list(_jaxpr.shape(atom))}" for atom in equation.invars[:2]
+    )
+    return f"{equation.primitive}  {operands}"
+
+
+def _times(n: int) -> str:
+    return f" x{n}" if n > 1 else ""
+
+
+def _wrap(words: Iterable[str]) -> list[str]:
+    """Words in indented lines that fit the terminal."""
+    lines: list[str] = []
+    for word in words:
+        if lines and len(lines[-1]) + 2 + len(word) <= _WIDTH:
+            lines[-1] += ", " + word
+        else:
+            lines.append("  " + word)
+    return lines
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:,.2f} MiB"
