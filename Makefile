@@ -1,17 +1,12 @@
-# Every target makes what it needs in $(VENV) with pip; nothing else has to be installed.
+# Every target sets itself up with pip. All that has to be there is Python, 3.11 or newer.
 PYTHON ?= python3
 VENV ?= .venv
-PIP = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
+# The peers live apart from the library; BENCH=--quick takes under five minutes.
+BENCH ?=
+PIP_INSTALL = -m pip --disable-pip-version-check --quiet install
 
 .PHONY: test demo examples lint bench clean
 .DEFAULT_GOAL := test
-
-# One stamp per set of extras, so that a second call installs nothing.
-$(VENV)/.%: pyproject.toml
-	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing jaxrnn[$*] into $(VENV)"
-	@$(PIP) install -e '.[$*]'
-	@touch $@
 
 test: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest -n auto
@@ -19,10 +14,36 @@ test: $(VENV)/.dev
 demo: $(VENV)/.examples
 	$(VENV)/bin/python examples/japanese_vowels.py
 
+examples: $(VENV)/.examples
+	$(VENV)/bin/python examples/run.py
+
 lint: $(VENV)/.dev
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m ruff format --check .
+	$(VENV)/bin/python -m mypy
+
+bench: .venv-bench/.stamp
+	.venv-bench/bin/python -m benchmarks.peers $(BENCH)
+	.venv-bench/bin/python -m benchmarks.never_slower $(BENCH)
+	.venv-bench/bin/python -m benchmarks.render
 
 clean:
 	rm -rf .venv* dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# One stamp per set of extras, so that a second call installs nothing.
+$(VENV)/.%: pyproject.toml | $(VENV)/bin/pip
+	@echo "installing jaxrnn[$*] into $(VENV)"
+	@$(VENV)/bin/python $(PIP_INSTALL) -e '.[$*]'
+	@touch $@
+
+.venv-bench/.stamp: benchmarks/requirements.txt pyproject.toml | .venv-bench/bin/pip
+	@echo "installing the peers into .venv-bench"
+	@.venv-bench/bin/python $(PIP_INSTALL) -e . -r benchmarks/requirements.txt
+	@touch $@
+
+# pip comes last into an environment: one without it was left unfinished and is completed.
+%/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "jaxrnn needs Python 3.11 or newer, which '$(PYTHON)' is not ($$($(PYTHON) --version 2>&1))." >&2; \
+	  echo "Name one that is, for instance: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $*

@@ -1,0 +1,59 @@
+"""The documents hold true: their code runs, their links lead somewhere, their map is complete."""
+
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = ROOT / "README.md"
+DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]
+FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+each_document = pytest.mark.parametrize("path", sorted(DOCUMENTS), ids=lambda path: path.name)
+
+
+def python_blocks(path):
+    """Pairs of the line at which a block of Python starts, and its code."""
+    text = path.read_text()
+    return [(text.count("\n", 0, m.start(1)), m.group(1)) for m in FENCE.finditer(text)]
+
+
+@each_document
+def test_python_blocks_run_in_order(path):
+    """All blocks of a document in one namespace. Tracebacks name the document and its line."""
+    namespace = {"__name__": path.stem}
+    for line, code in python_blocks(path):
+        exec(compile("\n" * line + code, str(path), "exec"), namespace)
+
+
+def test_there_are_blocks_to_run():
+    with_code = {path.name for path in DOCUMENTS if python_blocks(path)}
+    assert with_code >= {"README.md", "coming-from-keras.md", "masks-lengths-resets.md"}
+
+
+@each_document
+def test_links_lead_to_files_and_headings(path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if "://" in target:
+            continue
+        name, _, heading = target.partition("#")
+        linked = path.parent / name if name else path
+        assert linked.exists(), target
+        if heading:
+            assert heading in headings(linked), target
+
+
+def headings(path):
+    """Anchors of a Markdown file's headings: lower case, dashes for spaces, other signs dropped."""
+    titles = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+
+
+def test_the_map_names_every_module_and_nothing_that_is_not_there():
+    text = README.read_text()
+    rows = text.partition("## Map")[2].partition("\n## ")[0]
+    named = set(re.findall(r"^\| `([^`]+)`", rows, re.MULTILINE))
+    assert named
+    assert [name for name in named if not (ROOT / name).exists()] == []
+    modules = {f"jaxrnn/{module.name}" for module in (ROOT / "jaxrnn").glob("*.py")}
+    assert modules - named == set()
