@@ -216,10 +216,8 @@ class _Rewriter:
             group = self.groups.get(id(equation))
             if group is not None:
                 return self._merged(group, env)
-            if operands[1].stage == -1 and self.to_be_transposed and operands[0].stage > 0:
-                return [_Value(operands[0].stage, _turned(equation, operands))]
             if operands[1].stage == -1:
-                return [_product(operands[0], operands[1].array, equation)]
+                return [self._product(equation, operands)]
         stage = max((value.stage for value in operands), default=-1)
         return [_Value(stage, out) for out in bind(equation, [v.array for v in operands])]
 
@@ -234,6 +232,12 @@ class _Rewriter:
             else:
                 parts.append(_Value(value.stage, value.array))
         return _Sum(parts)
+
+    def _product(self, equation: Equation, operands: Sequence[_Value]) -> _Value:
+        lhs, rhs = operands
+        if self.to_be_transposed and lhs.stage > 0:
+            return _Value(lhs.stage, _turned(equation, lhs.array, rhs.array))
+        return _product(lhs, rhs.array, equation)
 
     def _merged(self, group: Sequence[Equation], env: dict[Var, _Value]) -> list[_Value]:
         """The product of one state with all its weights; fills `env` for the later ones."""
@@ -303,12 +307,12 @@ def _product(lhs: _Value, rhs: Array, equation: Equation) -> _Value:
     return _Sum(products) if len(products) > 1 else products[0]
 
 
-def _turned(equation: Equation, operands: Sequence[_Value]) -> Array:
-    """A product with the transpose of the matrix that is in its second operand."""
+def _turned(equation: Equation, lhs: Array, rhs: Array) -> Array:
+    """The product of `equation`, from the transpose of `rhs`."""
     params = dict(equation.params)
     (contract_lhs, (axis,)), batch = params.pop("dimension_numbers")
     dimensions = ((contract_lhs, (1 - axis,)), batch)
-    return lax.dot_general(operands[0].array, operands[1].array.T, dimensions, **params)
+    return lax.dot_general(lhs, rhs.T, dimensions, **params)
 
 
 def _joined(concatenation: _Concatenation) -> list[_Value]:

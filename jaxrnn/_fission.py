@@ -32,6 +32,7 @@ from jaxrnn._jaxpr import (
     is_free,
     is_heavy,
     is_movable,
+    multiply_adds,
     size_in_bytes,
     variables,
 )
@@ -120,15 +121,15 @@ def _times(body: Program, consts: int, carry: int) -> dict[Var, int]:
     feeds = _feeds(body, carry)
     reach = _reach([_union(depends, [new]) for new in body.outvars[:carry]])
 
+    fixed = _independent(body, body.invars[consts:])
+
     def in_a_cycle(equation: Equation) -> bool:
         fed = _union(feeds, equation.outvars)
         back = _bits(fed, reach)
         return bool(_union(depends, equation.invars) & (fed | back))
 
     stays = {id(e): not is_movable(e) for e in body.equations}
-    leaves_loop = {
-        id(e): is_heavy(e) and is_movable(e) and not in_a_cycle(e) for e in body.equations
-    }
+    leaves_loop = {id(e): moves(e, fixed) and not in_a_cycle(e) for e in body.equations}
     times: dict[Var, int] = dict.fromkeys(body.invars[:consts], -1)
     times |= dict.fromkeys(carries, 1)
     times |= dict.fromkeys(body.invars[consts + carry :], 0)
@@ -147,6 +148,25 @@ def _times(body: Program, consts: int, carry: int) -> dict[Var, int]:
         if not late:
             return times
         times |= late
+
+
+def moves(equation: Equation, fixed: set[Var]) -> bool:
+    """Whether `equation` is worth running over a block of time at once.
+
+    Products are if one side is `fixed`, the same at every step: many rows then meet one matrix.
+    """
+    if not (is_heavy(equation) and is_movable(equation)):
+        return False
+    return not multiply_adds(equation) or any(v in fixed for v in variables(equation.invars))
+
+
+def _independent(body: Program, sources: Iterable[Var]) -> set[Var]:
+    """The variables of `body` that depend on none of `sources`."""
+    found = set(body.invars) - set(sources)
+    for equation in body.equations:
+        if all(v in found for v in variables(equation.invars)):
+            found |= set(equation.outvars)
+    return found
 
 
 def _depends(body: Program, carries: Iterable[Var]) -> dict[Var, int]:
@@ -217,6 +237,7 @@ class _Cut:
         self.new = body.outvars[:carry]
         made = [v for e in body.equations for v in e.outvars]
         self.position = {v: i for i, v in enumerate([*body.invars, *made])}
+        self.fixed = {v for v, time in times.items() if time == -1}
         self.cost: dict[Var, int] = {}
         self.heavy: set[Var] = set()
         self.accumulated: set[Var] = set(accumulated)
@@ -318,7 +339,7 @@ class _Cut:
     def _weigh(self, equation: Equation) -> None:
         """Records what it costs to carry a result of `equation` over a cut, in bytes per step."""
         operands = variables(equation.invars)
-        product = is_heavy(equation) and is_movable(equation)
+        product = moves(equation, self.fixed)
         source = sum(self.cost.get(v, size_in_bytes(v)) for v in operands)
         for v in equation.outvars:
             size = size_in_bytes(v)
@@ -343,7 +364,9 @@ class _Cut:
         return even and not any(v in self.heavy for v in results)
 
     def _is_const(self, v: Var) -> bool:
-        return self.times[v] == -1 and v not in self.accumulated
+        """Whether a loop takes `v` as it is; a matrix is cheaper added up than stored per step."""
+        large = size_in_bytes(v) > 1 << 16
+        return v in self.fixed and (v not in self.accumulated or large)
 
     def _time(self, atom: Atom) -> int:
         return -1 if isinstance(atom, Literal) else self.times[atom]

@@ -122,6 +122,16 @@ def dtype(atom: Atom) -> Any:
     return atom.aval.dtype  # type: ignore[attr-defined]
 
 
+def kind(atom: Atom) -> tuple[Any, ...]:
+    """What a carry must not change: shape, dtype, weak type, axes that it varies over.
+
+    The sharding is not part of it: `lax.scan` does not look at it either.
+    """
+    aval: Any = atom.aval
+    varying = getattr(aval, "manual_axis_type", None)
+    return aval.shape, aval.dtype, getattr(aval, "weak_type", False), varying
+
+
 def zeros_of(like: jax.ShapeDtypeStruct) -> jax.Array:
     """Zeros that under `shard_map` vary over the mesh as `like` does; `jnp.zeros_like` forgets."""
     zeros = jnp.zeros(like.shape, like.dtype)
@@ -177,6 +187,17 @@ def is_free(equation: Equation) -> bool:
     return equation.primitive in _FREE or equation.primitive is split_p()
 
 
+def is_random(equation: Equation) -> bool:
+    """Whether `equation` draws or derives random bits, which costs more than to store them."""
+    return equation.primitive in _RANDOM
+
+
+def hides_product(equation: Equation) -> bool:
+    """Whether `equation` is a call or a loop with a product inside."""
+    inner = inner_equations(equation)
+    return any(multiply_adds(e) or hides_product(e) for e in inner)
+
+
 def is_linear(equation: Equation) -> bool:
     """Whether the derivative of `equation` needs none of its operands.
 
@@ -206,6 +227,15 @@ squeeze_p = p.squeeze_p
 
 _INLINED = frozenset({p.jit_p, p.closed_call_p})
 _LISTED = frozenset(value for name, value in vars(p).items() if name.endswith("_p"))
+_RANDOM = frozenset(
+    {
+        p.random_bits_p,
+        p.random_fold_in_p,
+        p.random_gamma_p,
+        p.random_split_p,
+        p.threefry2x32_p,
+    }
+)
 _PINNED = frozenset({p.cond_p, p.while_p, p.rng_bit_generator_p, p.rng_uniform_p})
 _PRODUCTS = frozenset({p.dot_general_p, p.conv_general_dilated_p})
 _HEAVY = _PRODUCTS | frozenset(

@@ -21,7 +21,21 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxrnn._algebra import simplify
 from jaxrnn._fission import Loop, Plan, fission
-from jaxrnn._jaxpr import Atom, Literal, Program, Var, bind, is_heavy, is_linear, read, trace
+from jaxrnn._jaxpr import (
+    Atom,
+    Literal,
+    Program,
+    Var,
+    bind,
+    dtype,
+    hides_product,
+    is_heavy,
+    is_linear,
+    is_random,
+    read,
+    trace,
+    variables,
+)
 
 Array = jax.Array
 Env = dict[Atom, Any]
@@ -117,7 +131,12 @@ def run_block(
 def run_loop(
     loop: Loop, consts: Sequence[Array], carry: Sequence[Array], xs: Sequence[Array], steps: Steps
 ) -> tuple[list[Array], list[Array]]:
-    """Runs a loop of a plan as a recurrence with a derivative of its own."""
+    """Runs a loop of a plan as a recurrence with a derivative of its own.
+
+    Not if a product is out of sight, in an inner loop, say: it would only be computed again.
+    """
+    if any(map(hides_product, loop.program.equations)):
+        return _plain_loop(loop.program, consts, carry, xs, steps)
     return run_recurrence(loop.program, consts, carry, xs, steps)
 
 
@@ -146,11 +165,7 @@ def run_recurrence(
     def recurrence(
         consts: list[Array], carry: list[Array], xs: list[Array]
     ) -> tuple[list[Array], list[Array]]:
-        def step(carry: list[Array], x: list[Array]) -> tuple[list[Array], list[Array]]:
-            outs = program.run(*consts, *carry, *x)
-            return outs[:n_carry], outs[n_carry:]
-
-        return lax.scan(step, carry, xs, *steps)
+        return _plain_loop(program, consts, carry, xs, steps)
 
     def rule(primals: Any, tangents: Any) -> Any:
         kept = _kept(program)
@@ -164,6 +179,20 @@ def run_recurrence(
 
     recurrence.defjvp(rule, symbolic_zeros=True)
     return recurrence(list(consts), list(carry), list(xs))
+
+
+def _plain_loop(
+    program: Program,
+    consts: Sequence[Array],
+    carry: Sequence[Array],
+    xs: Sequence[Array],
+    steps: Steps,
+) -> tuple[list[Array], list[Array]]:
+    def step(carry: list[Array], x: list[Array]) -> tuple[list[Array], list[Array]]:
+        outs = program.run(*consts, *carry, *x)
+        return outs[: len(carry)], outs[len(carry) :]
+
+    return lax.scan(step, list(carry), list(xs), *steps)
 
 
 def _split(values: Sequence[Any], *sizes: int) -> list[list[Any]]:
@@ -189,22 +218,27 @@ def _fill(primals: Sequence[Array], tangents: Sequence[Array]) -> list[Any]:
 
 
 def _kept(program: Program) -> list[Var]:
-    """The variables of a step that its derivative cannot recompute without a product.
+    """The variables of a step that its derivative must not have to compute again.
 
     A sum of products is needed only where something nonlinear reads it; through linear equations
-    the derivative passes without them.
+    the derivative passes without them. Of what is made from random bits, what meets the data is
+    kept: a dropout mask, not the bits.
     """
-    summed: set[Var] = set()
+    moving = _dependents(
+        program, [v for v in program.invars if jnp.issubdtype(dtype(v), jnp.inexact)]
+    )
+    costly: set[Var] = set()
     kept: dict[Var, None] = {}
     for equation in program.equations:
-        read_here = [v for v in equation.invars if not isinstance(v, Literal) and v in summed]
-        if is_heavy(equation):
-            kept |= dict.fromkeys(read_here)
-            summed |= set(equation.outvars)
-        elif is_linear(equation):
-            if read_here:
-                summed |= set(equation.outvars)
-        else:
+        read_here = [v for v in variables(equation.invars) if v in costly]
+        is_moving = equation.outvars[0] in moving
+        if is_heavy(equation) or is_random(equation) or (read_here and not is_moving):
+            costly |= set(equation.outvars)
+        elif read_here and is_linear(equation):
+            costly |= set(equation.outvars)
+            kept |= dict.fromkeys(v for v in read_here if v not in moving)
+            continue
+        if is_moving:
             kept |= dict.fromkeys(read_here)
     return list(kept)
 
