@@ -8,22 +8,24 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]
-FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# A block of Python and, if one follows at once, the block of text that it prints.
+FENCE = re.compile(r"^```python\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", re.M | re.S)
 each_document = pytest.mark.parametrize("path", sorted(DOCUMENTS), ids=lambda path: path.name)
 
 
 def python_blocks(path):
-    """Pairs of the line at which a block of Python starts, and its code."""
+    """For each block of Python: the lines before it, its code, and what it says that it prints."""
     text = path.read_text()
-    return [(text.count("\n", 0, m.start(1)), m.group(1)) for m in FENCE.finditer(text)]
+    return [(text.count("\n", 0, m.start(1)), *m.groups()) for m in FENCE.finditer(text)]
 
 
 @each_document
-def test_python_blocks_run_in_order(path):
+def test_python_blocks_run_in_order_and_print_what_they_say(path, capsys):
     """All blocks of a document in one namespace. Tracebacks name the document and its line."""
     namespace = {"__name__": path.stem}
-    for line, code in python_blocks(path):
-        exec(compile("\n" * line + code, str(path), "exec"), namespace)
+    for lines_before, code, printed in python_blocks(path):
+        exec(compile("\n" * lines_before + code, str(path), "exec"), namespace)
+        assert capsys.readouterr().out == (printed or ""), f"{path.name}:{lines_before}"
 
 
 def test_there_are_blocks_to_run():
@@ -45,14 +47,14 @@ def test_links_lead_to_files_and_headings(path):
 
 def headings(path):
     """Anchors of a Markdown file's headings: lower case, dashes for spaces, other signs dropped."""
-    titles = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+    titles = re.findall(r"^#+ (.+)$", path.read_text(), re.M)
     return [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
 
 
 def test_the_map_names_every_module_and_nothing_that_is_not_there():
     text = README.read_text()
     rows = text.partition("## Map")[2].partition("\n## ")[0]
-    named = set(re.findall(r"^\| `([^`]+)`", rows, re.MULTILINE))
+    named = set(re.findall(r"^\| `([^`]+)`", rows, re.M))
     assert named
     assert [name for name in named if not (ROOT / name).exists()] == []
     modules = {f"jaxrnn/{module.name}" for module in (ROOT / "jaxrnn").glob("*.py")}
