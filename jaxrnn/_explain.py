@@ -69,7 +69,7 @@ def _report(
     if method == "lax" or not isinstance(time, int):
         why = "it was asked for" if method == "lax" else "the time axis is symbolic"
         return [f"plain lax.scan over {time} steps: {why}"]
-    split = split_body(body, init, xs)
+    split = split_body(body, init, xs, method)
     if split is None:
         return [
             f"plain lax.scan over {time} steps: the step has effects, or no product to move out"
@@ -83,7 +83,7 @@ def _report(
         lines += _section(f"per block of time: {when}", stage.program)
         if stage.loop is not None:
             lines += _section("step by step: recurrence", stage.loop.program)
-    return [*lines, "", *_figures(split, init, xs, Steps(time, reverse, unroll), block, remat)]
+    return [*lines, "", *_figures(split, xs, Steps(time, reverse, unroll), block, remat)]
 
 
 def _section(title: str, program: Program) -> list[str]:
@@ -97,13 +97,11 @@ def _section(title: str, program: Program) -> list[str]:
     return lines + _wrap(f"{name}{_times(n)}" for name, n in others.items())
 
 
-def _figures(
-    split: Split, init: PyTree, xs: PyTree, steps: Steps, block: int, remat: bool
-) -> list[str]:
+def _figures(split: Split, xs: PyTree, steps: Steps, block: int, remat: bool) -> list[str]:
     before = sum(map(_jaxpr.multiply_adds, split.traced.program.equations))
     before += sum(map(_jaxpr.multiply_adds, _nested(split.traced.program.equations)))
     inside, outside = _work(split.plan)
-    ours, theirs = _kept_bytes(split, init, xs, steps, block, remat)
+    ours, theirs = _kept_bytes(split, xs, steps, block, remat)
     return [
         f"multiply-adds per step    {inside:>14,} in the loop, {outside:,} outside",
         f"  plain lax.scan          {before:>14,} in the loop",
@@ -123,11 +121,9 @@ def _work(plan: Plan) -> tuple[int, int]:
     return inside, outside
 
 
-def _kept_bytes(
-    split: Split, init: PyTree, xs: PyTree, steps: Steps, block: int, remat: bool
-) -> tuple[int, int]:
+def _kept_bytes(split: Split, xs: PyTree, steps: Steps, block: int, remat: bool) -> tuple[int, int]:
     """What the backward pass keeps beside the arguments, here and with plain `lax.scan`."""
-    carry, rows = jax.tree.leaves(init), jax.tree.leaves(xs)
+    carry, rows = split.carry, jax.tree.leaves(xs)
 
     def ours(consts: Sequence[Array], carry: list[Array], rows: list[Array]) -> PyTree:
         return run_split(split.plan, consts, carry, rows, steps, block, remat)

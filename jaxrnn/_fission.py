@@ -237,6 +237,7 @@ class _Cut:
         self.new = body.outvars[:carry]
         made = [v for e in body.equations for v in e.outvars]
         self.position = {v: i for i, v in enumerate([*body.invars, *made])}
+        self.feeds = _feeds(body, carry)
         self.fixed = {v for v, time in times.items() if time == -1}
         self.cost: dict[Var, int] = {}
         self.heavy: set[Var] = set()
@@ -340,10 +341,12 @@ class _Cut:
         """Records what it costs to carry a result of `equation` over a cut, in bytes per step."""
         operands = variables(equation.invars)
         product = moves(equation, self.fixed)
+        changes = any(v not in self.fixed for v in equation.outvars)
+        cheap = is_free(equation) or (changes and not is_heavy(equation))
         source = sum(self.cost.get(v, size_in_bytes(v)) for v in operands)
         for v in equation.outvars:
             size = size_in_bytes(v)
-            self.cost[v] = min(size, source) if is_free(equation) else size
+            self.cost[v] = min(size, source) if cheap else size
             if product or any(u in self.heavy for u in operands):
                 self.heavy.add(v)
             if any(u in self.accumulated for u in operands):
@@ -352,16 +355,26 @@ class _Cut:
     def _repeats(self, equation: Equation) -> bool:
         """Whether to run `equation` again on the far side of a cut rather than carry its result.
 
-        Layout is repeated where its operands are smaller. Other work on inputs is repeated, that
-        is, stays in the loop, unless it follows from a product.
+        What makes more than it takes is repeated: a broadcast, an outer product. Other work on
+        inputs is repeated too, that is, stays in the loop, unless it follows from a product. Of a
+        loop's work what feeds no carry moves on to the pass that wants it, if no more bytes do.
         """
         results = equation.outvars
         if any(v in self.accumulated for v in results):
             return False
-        if is_free(equation) and any(self.cost[v] < size_in_bytes(v) for v in results):
-            return True
-        even = self._time(results[0]) % 2 == 0
-        return even and not any(v in self.heavy for v in results)
+        expands = any(self.cost[v] < size_in_bytes(v) for v in results)
+        if self._time(results[0]) % 2 == 0:
+            return expands or not any(v in self.heavy for v in results)
+        if is_free(equation):
+            return expands
+        carried = [v for v in variables(equation.invars) if self.times[v] % 2 == 1]
+        return (
+            self._time(results[0]) > 0
+            and is_movable(equation)
+            and not is_heavy(equation)
+            and not any(self.feeds.get(v) for v in results)
+            and sum(map(size_in_bytes, carried)) <= sum(map(size_in_bytes, results))
+        )
 
     def _is_const(self, v: Var) -> bool:
         """Whether a loop takes `v` as it is; a matrix is cheaper added up than stored per step."""

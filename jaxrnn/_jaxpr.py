@@ -45,7 +45,8 @@ class Program(NamedTuple):
         jaxpr = self.origin.replace(
             constvars=(), invars=self.invars, outvars=self.outvars, eqns=list(self.equations)
         )
-        return list(core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))(*args))
+        closed = core.ClosedJaxpr(jaxpr, ())  # type: ignore[attr-defined, unused-ignore]
+        return list(core.jaxpr_as_fun(closed)(*args))
 
 
 class Traced(NamedTuple):
@@ -127,9 +128,13 @@ def kind(atom: Atom) -> tuple[Any, ...]:
 
     The sharding is not part of it: `lax.scan` does not look at it either.
     """
-    aval: Any = atom.aval
-    varying = getattr(aval, "manual_axis_type", None)
-    return aval.shape, aval.dtype, getattr(aval, "weak_type", False), varying
+    varying = getattr(atom.aval, "manual_axis_type", None)
+    return shape(atom), dtype(atom), is_weak(atom), varying
+
+
+def is_weak(atom: Atom) -> bool:
+    """Whether the dtype of `atom` gives way to others, as that of a Python number does."""
+    return bool(getattr(atom.aval, "weak_type", False))
 
 
 def zeros_of(like: jax.ShapeDtypeStruct) -> jax.Array:

@@ -13,8 +13,10 @@ from jaxrnn._fission import Plan, fission
 from jaxrnn._jaxpr import (
     Program,
     Traced,
+    dtype,
     is_heavy,
     is_movable,
+    is_weak,
     kind,
     multiply_adds,
     size_in_bytes,
@@ -73,7 +75,7 @@ def scan(
         return lax.scan(f, init, xs, length, reverse)
     if time < 1 or (method == "lax" and not remat):
         return lax.scan(f, init, xs, length, reverse, unroll)
-    split = None if method == "lax" else split_body(f, init, xs)
+    split = None if method == "lax" else split_body(f, init, xs, method)
     if split is None and not remat:
         return lax.scan(f, init, xs, length, reverse, unroll)
 
@@ -87,7 +89,7 @@ def scan(
 
     steps = Steps(time, reverse, unroll)
     carry, ys = run_split(
-        split.plan, split.consts, jax.tree.leaves(init), jax.tree.leaves(xs), steps, block, remat
+        split.plan, split.consts, split.carry, jax.tree.leaves(xs), steps, block, remat
     )
     return jax.tree.unflatten(split.traced.out_tree, [*carry, *ys])
 
@@ -111,17 +113,18 @@ def run_split(
 
 
 class Split(NamedTuple):
-    """A body after fission: the plan, what it closes over, and the structure of its results.
+    """A body after fission: the plan, what it closes over, and the first carry, flat.
 
     `traced` is the body as it was before, `program(*traced.consts, *carry, *x)`.
     """
 
     plan: Plan
     consts: tuple[Any, ...]
+    carry: list[Any]
     traced: Traced
 
 
-def split_body(f: Body, init: PyTree, xs: PyTree) -> Split | None:
+def split_body(f: Body, init: PyTree, xs: PyTree, method: str) -> Split | None:
     """The body of a scan after fission, or None where the engine stands aside."""
     carry, carry_tree = jax.tree.flatten(jax.tree.map(jnp.asarray, init))
     x, x_tree = jax.tree.flatten(jax.tree.map(lambda leaf: leaf[0], xs))
@@ -131,27 +134,35 @@ def split_body(f: Body, init: PyTree, xs: PyTree) -> Split | None:
         return f(jax.tree.unflatten(carry_tree, old), jax.tree.unflatten(x_tree, row))
 
     traced = trace(flat, *carry, *x)
+    strong = [
+        lax.convert_element_type(c, dtype(new)) if c.weak_type and not is_weak(new) else c
+        for c, new in zip(carry, traced.program.outvars, strict=False)
+    ]
+    if any(c is not s for c, s in zip(carry, strong, strict=True)):
+        carry = strong  # as `lax.scan` promotes them
+        traced = trace(flat, *carry, *x)
+
     program = traced.program
     before = map(kind, program.invars[len(traced.consts) :][: len(carry)])
     after = map(kind, program.outvars[: len(carry)])
     if traced.has_effects or list(before) != list(after):
         return None
-    if not _is_worthwhile(program):
+    if not _is_worthwhile(program, at_any_size=method == "sequential"):
         return None
-    example = [*traced.consts, *carry, *x]
-    body = simplify(program, len(traced.consts), len(carry), example)
+    body = simplify(program, len(traced.consts), len(carry), [*traced.consts, *carry, *x])
     consts = (*body.consts, *traced.consts)
-    return Split(fission(body.program, len(consts), len(carry)), consts, traced)
+    plan = fission(body.program, len(consts), len(carry))
+    return Split(plan, consts, carry, traced)
 
 
-def _is_worthwhile(program: Program) -> bool:
+def _is_worthwhile(program: Program, at_any_size: bool) -> bool:
     """Whether there is something to move, and enough of it to pay for a pass of its own.
 
     The bound was measured on a CPU: a GRU of 4 units lost, one of 16 did not.
     """
     heavy = [e for e in program.equations if is_heavy(e) and is_movable(e)]
     calls = [e for e in heavy if not multiply_adds(e)]
-    return bool(calls) or sum(map(multiply_adds, heavy)) >= 2048
+    return bool(calls) or sum(map(multiply_adds, heavy)) >= (1 if at_any_size else 2048)
 
 
 def over_blocks(
@@ -246,8 +257,11 @@ def block_length(chunk: int | str | None, remat: bool, time: int, split: Split |
     per_step = sum(
         size_in_bytes(v) for s in split.plan.stages for v in variables(s.program.outvars)
     )
-    target = max(8, min(64, (1 << 21) // max(per_step, 1)))
-    return _near_divisor(time, target)
+    # Measured on a CPU: what fits into the last cache is best passed over once, without copies from
+    # block to block; of more, blocks that stay in the cache of a core.
+    if time * per_step <= 8 << 20:
+        return time
+    return _near_divisor(time, max(8, min(64, (2 << 20) // per_step)))
 
 
 def _near_divisor(time: int, target: int) -> int:
