@@ -40,7 +40,7 @@ TIMEOUT = 300
 
 
 def main(arguments=None):
-    """Trains three times, compares, draws; returns 0 if the losses agree and collectives are few."""
+    """Trains thrice, draws, compares; returns 0 if losses agree and collectives are few."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--short", action="store_true", help="20 steps")
@@ -211,7 +211,7 @@ def count_collectives(program):
 def draw(losses, counts, path):
     """Writes the three loss curves (left) and the collectives per step (right) as one PNG."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[3, 2])
+    left, right = figure.subplots(1, 2, width_ratios=[1, 1])
     styles = [("#c9d3df", 7, "-"), ("#c8502d", 3, "-"), ("black", 1, "--")]
     for (label, curve), (color, width, dash) in zip(losses.items(), styles, strict=True):
         left.plot(curve, color=color, linewidth=width, linestyle=dash, label=label)
@@ -222,7 +222,7 @@ def draw(losses, counts, path):
     totals = [counts[key].total() for key in ("lax.scan", "2 processes", "8 devices")]
     bars = right.barh(names, totals, color=["#7f8c9b", "#c8502d", "#c8502d"], height=0.6)
     right.bar_label(bars, padding=4)
-    right.set(title=f"Collectives per training step, {TIME} timesteps")
+    right.set(title=f"Collectives per training step (T = {TIME})")
     right.set_xlim(0, 1.15 * max(totals))
     right.set_xticks([])
     for panel in (left, right):
