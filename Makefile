@@ -42,6 +42,7 @@ $(VENV)/.%: pyproject.toml | $(VENV)/bin/pip
 	@touch $@
 
 # pip comes last into an environment: one without it was left unfinished and is completed.
+.PRECIOUS: %/bin/pip
 %/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "jaxrnn needs Python 3.11 or newer, which '$(PYTHON)' is not ($$($(PYTHON) --version 2>&1))." >&2; \
