@@ -1,0 +1,96 @@
+"""Reading programs: what lies in which loop of a jaxpr, and what a compiled program executes."""
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+
+def primitive_of(function: Callable, *args: Any) -> Any:
+    """The primitive of the last equation of a function."""
+    return jax.make_jaxpr(function)(*args).eqns[-1].primitive
+
+
+_MATRIX = np.ones((2, 2), np.float32)
+SCAN = primitive_of(lambda x: lax.scan(lambda c, r: (c + r, None), x[0], x)[0], _MATRIX)
+WHILE = primitive_of(lambda x: lax.while_loop(lambda v: v < 3, lambda v: v + 1, x), 0)
+DOT = primitive_of(jnp.dot, _MATRIX, _MATRIX)
+
+
+def inner_jaxprs(equation: Any) -> Iterator[Any]:
+    """The jaxprs among the parameters of an equation."""
+    for value in equation.params.values():
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if hasattr(item, "eqns"):
+                yield item
+
+
+def equations(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
+    """Every equation, those of inner jaxprs included, and how often it runs."""
+    for equation in jaxpr.eqns:
+        yield equation, times
+        inside = times * (equation.params["length"] if equation.primitive is SCAN else 1)
+        for inner in inner_jaxprs(equation):
+            yield from equations(inner, inside)
+
+
+def loops(jaxpr: Any) -> Iterator[Any]:
+    """The bodies of all loops."""
+    for equation, _ in equations(jaxpr):
+        if equation.primitive in (SCAN, WHILE):
+            yield from inner_jaxprs(equation)
+
+
+def count(jaxpr: Any, primitive: Any) -> int:
+    """Equations of a primitive, those of inner jaxprs included."""
+    return sum(equation.primitive is primitive for equation, _ in equations(jaxpr))
+
+
+def products_in_innermost_loops(jaxpr: Any) -> list[int]:
+    """For each loop that holds no other loop, the number of its products, in ascending order."""
+    return sorted(count(body, DOT) for body in loops(jaxpr) if not list(loops(body)))
+
+
+def multiply_adds(jaxpr: Any) -> int:
+    """The multiply-adds of all products that run."""
+    total = 0
+    for equation, times in equations(jaxpr):
+        if equation.primitive is DOT:
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            lhs = equation.invars[0].aval
+            depth = [lhs.shape[axis] for axis in contracted]
+            total += times * int(np.prod([*equation.outvars[0].aval.shape, *depth]))
+    return total
+
+
+def executed_collectives(hlo: str, kind: str = "all-reduce") -> int:
+    """How often a collective runs, from the text of a compiled program.
+
+    A collective in the body of a `while` counts as often as the loop runs.
+    """
+    computations: dict[str, list[str]] = {}
+    entry = lines = None
+    for line in hlo.splitlines():
+        header = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
+        if header and not line.startswith(" "):
+            lines = computations[header[2]] = []
+            entry = header[2] if header[1] else entry
+        elif lines is not None:
+            lines.append(line)
+
+    def runs(name: str) -> int:
+        total = 0
+        for line in computations[name]:
+            total += bool(re.search(rf" {kind}(-start)?\(", line))
+            called = re.findall(r"(?:calls|to_apply|body|true_computation)=%?([\w.\-]+)", line)
+            times = 1
+            if " while(" in line:
+                times = int(re.search(r'known_trip_count":\{"n":"(\d+)"', line)[1])
+            total += sum(times * runs(other) for other in called if other in computations)
+        return total
+
+    return runs(entry)

@@ -1,0 +1,93 @@
+"""What the engine keeps for the backward pass, in bytes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from bodies import BODIES
+from jax import lax
+
+import jaxrnn
+
+BATCH, UNITS = 4, 32
+
+
+def problem(time, make="lstm_split"):
+    """A scan of a body of the table, and its arguments; inputs are one wide and weigh nothing."""
+    gates = {"lstm_split": 4, "gru_reset_after": 3, "elman_cell": 1}[make]
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal(shape) * 0.1, jnp.float32)
+
+    p = {
+        "w": draw(1, gates * UNITS),
+        "u": draw(UNITS, gates * UNITS),
+        "b": draw(gates * UNITS),
+    }
+    h = draw(BATCH, UNITS)
+    init = (h, h) if make == "lstm_split" else h
+
+    def run(scan, p, init, xs, **flags):
+        return scan(BODIES[make].make(p), init, xs, **flags)
+
+    return run, (p, init, draw(time, BATCH, 1))
+
+
+def kept_bytes(scan, time, make="lstm_split", **flags):
+    """Bytes that the backward pass holds beside the arguments and the results."""
+    run, operands = problem(time, make)
+    results, backward = jax.vjp(lambda *a: run(scan, *a, **flags), *operands)
+    known = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((operands, results))}
+    leaves = {leaf.unsafe_buffer_pointer(): leaf for leaf in jax.tree.leaves(backward)}
+    return sum(leaf.nbytes for pointer, leaf in leaves.items() if pointer not in known)
+
+
+def scratch_bytes(scan, time, **flags):
+    """Scratch memory of the compiled gradient of a loss on the last state."""
+    run, operands = problem(time)
+
+    def loss(*a):
+        (h, _), _ = run(scan, *a, **flags)
+        return (h**2).sum()
+
+    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*operands).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("chunk", ["auto", 16, None])
+@pytest.mark.parametrize(
+    ("make", "arrays"),
+    # LSTM: four gates, two states. GRU: the same of three gates and one state, with the
+    # recurrent part of the candidate by itself. Elman: the sum and the state.
+    [("lstm_split", 6), ("gru_reset_after", 5), ("elman_cell", 2)],
+)
+def test_products_and_states_are_kept_and_no_more(make, arrays, chunk):
+    time = 64
+    kept = kept_bytes(jaxrnn.scan, time, make, chunk=chunk, method="sequential")
+    weights = 4 * UNITS * (UNITS + 2) * 4
+    assert kept <= (arrays + 0.2) * time * BATCH * UNITS * 4 + weights
+    assert kept < kept_bytes(lax.scan, time, make)
+
+
+def test_rematerialised_blocks_keep_their_boundaries():
+    time, chunk = 256, 16
+    kept = kept_bytes(jaxrnn.scan, time, chunk=chunk, remat=True)
+    weights, inputs = 4 * UNITS * (UNITS + 2) * 4, time * BATCH * 4
+    assert kept <= 2 * (time // chunk) * BATCH * UNITS * 4 + inputs + 2 * weights
+
+
+@pytest.mark.parametrize("method", ["auto", "lax"])
+def test_rematerialisation_needs_a_third_of_the_memory_at_512_steps(method):
+    plain = scratch_bytes(lax.scan, 512)
+    assert scratch_bytes(jaxrnn.scan, 512, remat=True, method=method) <= plain / 3
+
+
+def test_rematerialisation_needs_a_twentieth_of_the_memory_at_8192_steps():
+    plain = scratch_bytes(lax.scan, 8192)
+    assert scratch_bytes(jaxrnn.scan, 8192, remat=True) <= plain / 20
+
+
+def test_the_gradient_needs_less_memory_than_that_of_lax_scan():
+    plain = scratch_bytes(lax.scan, 512)
+    assert scratch_bytes(jaxrnn.scan, 512) <= 0.75 * plain

@@ -1,0 +1,247 @@
+"""What is left in the loop, counted in the jaxpr: the whole point of taking bodies apart."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from bodies import BODIES
+from helpers import CASES
+from jax import lax
+from structure import (
+    DOT,
+    SCAN,
+    count,
+    equations,
+    loops,
+    multiply_adds,
+    primitive_of,
+    products_in_innermost_loops,
+)
+
+import jaxrnn
+
+BATCH, TIME, FEATURES, UNITS = 3, 8, 5, 16
+SPLIT = {"method": "sequential", "chunk": 4}
+
+
+def is_float(leaf):
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def total(tree):
+    floats = [leaf for leaf in jax.tree.leaves(tree) if is_float(leaf)]
+    return sum(jnp.sum(jnp.sin(jnp.abs(leaf))) for leaf in floats)
+
+
+def programs(name, scan=jaxrnn.scan, **flags):
+    """The jaxprs of a body of the table under a scan, and of its gradient with respect to all."""
+    case = BODIES[name]
+    operands = case.operands(TIME)
+    leaves, structure = jax.tree.flatten(operands)
+
+    def run(*floats):
+        given = iter(floats)
+        merged = [next(given) if is_float(leaf) else leaf for leaf in leaves]
+        return case.run(scan, structure.unflatten(merged), TIME, **flags)
+
+    floats = [leaf for leaf in leaves if is_float(leaf)]
+    gradient = jax.grad(lambda *floats: total(run(*floats)), tuple(range(len(floats))))
+    return jax.make_jaxpr(run)(*floats), jax.make_jaxpr(gradient)(*floats)
+
+
+ONE_PRODUCT = [
+    "elman_cell",
+    "gru_reset_after",
+    "lstm_concatenated",
+    "lstm_concatenated_with_ones",
+    "lstm_four_matmuls",
+    "lstm_jitted",
+    "lstm_peephole_clipped",
+    "lstm_slices",
+    "lstm_split",
+    "affine_with_readout",
+    "bfloat16_lstm",
+    "custom_jvp_inside",
+    "embedding",
+    "integers_and_booleans",
+    "layer_norm",
+    "no_output",
+    "noise_by_key",
+    "precisions",
+    "swapped_each_step",
+    "vectors",
+    "weight_normalised",
+]
+
+
+@pytest.mark.parametrize("name", ONE_PRODUCT)
+def test_one_product_in_the_loop_and_one_in_that_of_the_gradient(name):
+    forward, gradient = programs(name, **SPLIT)
+    expected = 2 if name == "precisions" else 1  # two products that may not become one
+    assert products_in_innermost_loops(forward) == [expected]
+    assert products_in_innermost_loops(gradient) == [expected, expected]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("diagonal_affine", [0]),
+        ("linear_recurrent_unit", [0]),
+        ("output_ignores_state", [0]),
+        ("gru_reset_before", [2]),
+        ("stacked_lstm", [1, 1]),
+    ],
+)
+def test_products_in_the_loops_of_other_bodies(name, expected):
+    forward, gradient = programs(name, **SPLIT)
+    assert products_in_innermost_loops(forward) == expected
+    assert products_in_innermost_loops(gradient) == sorted(2 * expected)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"mask": True},
+        {"mask": True, "reset": True, "zero_output_for_mask": True},
+        {"reset": True, "return_all_outputs": False, "go_backwards": True, "remat": True},
+    ],
+    ids=["mask", "mask_reset_zero", "reset_last_only_remat"],
+)
+@pytest.mark.parametrize("name", ["lstm", "readout"])
+def test_masks_and_resets_cost_no_fission(name, flags):
+    case = CASES[name]
+    arguments = case.arguments(time=TIME)
+    pattern = np.arange(case.arguments().inputs.shape[0] * TIME).reshape(-1, TIME) % 3 == 1
+    flags = flags | dict.fromkeys({"mask", "reset"} & flags.keys(), pattern)
+
+    def run(params, inputs, initial_states):
+        moved = arguments._replace(params=params, inputs=inputs, initial_states=initial_states)
+        return case.call(jaxrnn.rnn, jnp, moved, **SPLIT, **flags)
+
+    forward = jax.make_jaxpr(run)(*arguments[:3])
+    products = products_in_innermost_loops(forward)
+    # An output that is held at masked steps runs in a loop of its own, behind the readout.
+    assert sum(products) == 1
+    gradient = jax.make_jaxpr(jax.grad(lambda *a: total(run(*a)), (0, 1, 2)))(*arguments[:3])
+    recomputed = 1 if flags.get("remat") else 0
+    assert sum(products_in_innermost_loops(gradient)) == 2 + recomputed
+
+
+@pytest.mark.parametrize("name", ["lstm_split", "stacked_lstm", "gru_reset_before", "layer_norm"])
+def test_no_product_is_computed_twice(name):
+    """Moving work must not multiply it: as many multiply-adds run as under `lax.scan`."""
+    forward, gradient = programs(name, **SPLIT)
+    forward_before, gradient_before = programs(name, lax.scan)
+    assert multiply_adds(forward) == multiply_adds(forward_before) > 0
+    assert multiply_adds(gradient) <= multiply_adds(gradient_before)
+
+
+def test_rematerialisation_repeats_the_forward_pass_and_no_more():
+    once, _ = programs("lstm_split", **SPLIT)
+    _, gradient = programs("lstm_split", **SPLIT)
+    _, rematerialised = programs("lstm_split", **SPLIT, remat=True)
+    assert multiply_adds(rematerialised) <= multiply_adds(gradient) + multiply_adds(once)
+
+
+def test_a_readout_runs_once_per_block_over_all_its_steps():
+    forward, gradient = programs("affine_with_readout", **SPLIT)
+    for program in (forward, gradient):
+        sizes = [e.outvars[0].aval.shape for e, _ in equations(program) if e.primitive is DOT]
+        assert (4, BATCH, 5) in sizes  # [block, batch, outputs]
+        assert (BATCH, 5) not in sizes
+
+
+def test_loop_invariant_work_runs_once():
+    """The weights' own function, marked by primitives that occur nowhere else, is in no loop."""
+
+    def run(w, u, h, xs):
+        def body(h, x):
+            normalised = lax.erf(u) @ jnp.cosh(u)
+            h = jnp.tanh(x @ w @ normalised + h @ normalised)
+            return h, h
+
+        return jaxrnn.scan(body, h, xs, **SPLIT)
+
+    shapes = [(FEATURES, UNITS), (UNITS, UNITS), (BATCH, UNITS), (TIME, BATCH, FEATURES)]
+    operands = [np.ones(shape, np.float32) for shape in shapes]
+    erf = primitive_of(lax.erf, 1.0)
+    cosh = primitive_of(jnp.cosh, 1.0)
+    forward = jax.make_jaxpr(run)(*operands)
+    gradient = jax.make_jaxpr(jax.grad(lambda *a: total(run(*a)), (0, 1, 2, 3)))(*operands)
+    tangent = jax.make_jaxpr(lambda *a: jax.jvp(run, a, a))(*operands)
+    for program in (forward, gradient, tangent):
+        assert count(program, erf) == 1
+        assert not any(count(body, erf) + count(body, cosh) for body in loops(program))
+
+
+def test_the_weight_gradient_is_contracted_over_whole_blocks():
+    """No product with the shape of a recurrent kernel is added up step by step."""
+    _, gradient = programs("lstm_split", **SPLIT)
+    _, before = programs("lstm_split", lax.scan)
+    kernels = {(4, 16), (16, 4), (4, 4), (2, 16), (16, 2), (2, 4), (4, 2)}
+
+    def kernels_in_innermost_loops(program):
+        return [
+            e.outvars[0].aval.shape
+            for body in loops(program)
+            if not list(loops(body))
+            for e, _ in equations(body)
+            if e.outvars and e.outvars[0].aval.shape in kernels
+        ]
+
+    assert kernels_in_innermost_loops(before)
+    assert not kernels_in_innermost_loops(gradient)
+
+
+@pytest.mark.parametrize("make", [lambda: jnp.full((BATCH, UNITS), 0.0), lambda: 0.0])
+def test_states_of_weak_type_are_taken_apart_too(make):
+    """`jnp.full` and Python numbers make them; `lax.scan` promotes them silently."""
+    u, xs = jnp.ones((UNITS, UNITS)), jnp.ones((TIME, BATCH, UNITS))
+
+    def body(c, x):
+        c = jnp.tanh(c + (x @ u).mean() if jnp.ndim(c) == 0 else c @ u + x @ u)
+        return c, c
+
+    def products(scan, **flags):
+        jaxpr = jax.make_jaxpr(lambda xs: scan(body, make(), xs, **flags))(xs)
+        return products_in_innermost_loops(jaxpr)
+
+    assert products(lax.scan)[0] > products(jaxrnn.scan, **SPLIT)[0]
+
+
+@pytest.mark.parametrize("units", [4, 64])
+def test_small_bodies_are_left_alone_unless_asked_for(units):
+    u, w = jnp.ones((units, units)), jnp.ones((units, units))
+
+    def is_plain(**flags):
+        def body(h, x):
+            h = jnp.tanh(x @ w + h @ u)
+            return h, h
+
+        jaxpr = jax.make_jaxpr(lambda xs: jaxrnn.scan(body, jnp.zeros((2, units)), xs, **flags))
+        program = jaxpr(jnp.ones((16, 2, units)))
+        return products_in_innermost_loops(program) == [2]
+
+    assert is_plain() == (units == 4)
+    assert not is_plain(method="sequential")
+    assert is_plain(method="lax")
+
+
+def test_blocks_cover_time_with_a_shorter_one_last():
+    u, w = jnp.ones((UNITS, UNITS)), jnp.ones((FEATURES, UNITS))
+
+    def lengths(chunk, time):
+        def body(h, x):
+            h = jnp.tanh(x @ w + h @ u)
+            return h, h
+
+        program = jax.make_jaxpr(
+            lambda xs: jaxrnn.scan(body, u[:BATCH], xs, method="sequential", chunk=chunk)
+        )(jnp.ones((time, BATCH, FEATURES)))
+        return [
+            (times, e.params["length"]) for e, times in equations(program) if e.primitive is SCAN
+        ]
+
+    assert lengths(4, 8) == [(1, 2), (2, 4)]
+    assert lengths(4, 11) == [(1, 2), (2, 4), (1, 3)]
+    assert lengths(None, 11) == lengths(11, 11) == lengths(99, 11) == [(1, 11)]
