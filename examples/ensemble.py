@@ -101,7 +101,7 @@ def show(progress, loss):
 def train(report, steps, keys, months, co2):
     """Trains one member for each key, all in one program.
 
-    Returns the members, a pytree with a leading axis for them, and their losses `[ROUNDS, members]`.
+    Returns the members, a pytree of arrays `[members, ...]`, and losses `[ROUNDS, members]`.
     """
     optimizer = optax.adamw(optax.cosine_decay_schedule(LEARNING_RATE, steps), weight_decay=1e-2)
     members = jax.vmap(init)(keys)
