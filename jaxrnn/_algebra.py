@@ -4,7 +4,7 @@ Users add, concatenate and split where it reads best; what can leave the loop th
 cannot. Four identities bring it forward:
 
     (a + h) + b               = (a + b) + h                  terms ready early are added first
-    split(a + h)              = split(a) + split(h)          a gate's input is stored by itself
+    split(f(a + h))           = f(split(a) + split(h))       a gate's input is stored by itself
     concat([x, h]) @ K        = x @ K[:D] + h @ K[D:]        the input's part leaves the loop
     h @ U, h @ V              = split(h @ concat([U, V]))    products of one state become one
 
@@ -24,6 +24,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from jaxrnn import _lazy
 from jaxrnn._fission import carry_times
 from jaxrnn._jaxpr import (
     Atom,
@@ -39,6 +40,7 @@ from jaxrnn._jaxpr import (
     dot_general_p,
     dtype,
     inline,
+    is_elementwise,
     reshape_p,
     shape,
     size_in_bytes,
@@ -79,90 +81,6 @@ def simplify(
     return traced._replace(consts=(*traced.consts, *inlined.consts))
 
 
-class _Value:
-    """A value of the interpreter, `stage` being the time at which it can be known."""
-
-    def __init__(self, stage: int, array: Array | None = None):
-        self.stage, self._array = stage, array
-
-    @property
-    def array(self) -> Array:
-        """The value itself, computed at the first call."""
-        if self._array is None:
-            self._array = self._compute()
-        return self._array
-
-    def _compute(self) -> Array:
-        raise NotImplementedError
-
-    def arranged(self, equation: Equation) -> list["_Value"]:
-        """The results of a layout operation on this value.
-
-        As a part of a sum the value may have axes of size 1 for longer ones of the operand.
-        """
-        columns, whole = _columns(equation), shape(equation.invars[0])
-        if columns is not None and self.array.shape[-1:] == whole[-1:]:
-            outs = _take_columns(self.array, columns)
-        else:
-            outs = bind(equation, [jnp.broadcast_to(self.array, whole)])
-        return [_Value(self.stage, out) for out in outs]
-
-
-class _Sum(_Value):
-    """A sum with at most one part for each stage, the earliest first."""
-
-    def __init__(self, parts: Sequence[_Value]):
-        by_stage: dict[int, _Value] = {}
-        for part in parts:
-            other = by_stage.get(part.stage)
-            by_stage[part.stage] = (
-                part if other is None else _Value(part.stage, other.array + part.array)
-            )
-        self.parts = [by_stage[stage] for stage in sorted(by_stage)]
-        super().__init__(self.parts[-1].stage)
-
-    def _compute(self) -> Array:
-        return functools.reduce(
-            lambda total, part: total + part.array, self.parts[1:], self.parts[0].array
-        )
-
-    def arranged(self, equation: Equation) -> list[_Value]:
-        return [
-            _Sum(outs) for outs in zip(*(p.arranged(equation) for p in self.parts), strict=True)
-        ]
-
-
-class _Concatenation(_Value):
-    def __init__(self, parts: Sequence[_Value], axis: int):
-        super().__init__(max(part.stage for part in parts))
-        self.parts, self.axis = parts, axis
-
-    def _compute(self) -> Array:
-        return lax.concatenate([part.array for part in self.parts], self.axis)
-
-
-class _Product(_Value):
-    """`lhs @ rhs` for an `rhs` that no step changes, by `equation`, a `dot_general`."""
-
-    def __init__(self, lhs: _Value, rhs: Array, equation: Equation):
-        super().__init__(lhs.stage)
-        self.lhs, self.rhs, self.equation = lhs, rhs, equation
-
-    def _compute(self) -> Array:
-        return bind(self.equation, [self.lhs.array, self.rhs])[0]
-
-    def arranged(self, equation: Equation) -> list[_Value]:
-        """A part of the columns is a product with a part of `rhs`, where that is worth it."""
-        columns = _columns(equation)
-        if self.stage > 0 or columns is None:
-            return super().arranged(equation)
-        axis = 1 - self.equation.params["dimension_numbers"][0][1][0]
-        return [
-            _Product(self.lhs, lax.slice_in_dim(self.rhs, start, stop, axis=axis), self.equation)
-            for start, stop in columns
-        ]
-
-
 class _Rewriter:
     """One body, and what has to be known of all of it before the first equation is rewritten."""
 
@@ -184,12 +102,13 @@ class _Rewriter:
         )
         self.uses.update(a for a in program.outvars if not isinstance(a, Literal))
         self.only_sliced = self._only_sliced()
+        self.only_columns = self._only_columns()
         self.groups = self._groups()
 
     def run(self, *args: Array) -> list[Array]:
         """The body, rewritten."""
-        env: dict[Var, _Value] = {
-            v: _Value(stage, arg)
+        env: dict[Var, _lazy.Value] = {
+            v: _lazy.Value(stage, arg)
             for v, stage, arg in zip(self.program.invars, self.in_stages, args, strict=True)
         }
         for equation in self.equations:
@@ -198,53 +117,80 @@ class _Rewriter:
                 env |= zip(equation.outvars, results, strict=True)
         return [self._read(env, atom).array for atom in self.program.outvars]
 
-    def _apply(self, equation: Equation, env: dict[Var, _Value]) -> list[_Value]:
+    def _apply(self, equation: Equation, env: dict[Var, _lazy.Value]) -> list[_lazy.Value]:
         operands = [self._read(env, atom) for atom in equation.invars]
+        rewritten = self._rewritten(equation, operands, env)
+        if rewritten is not None:
+            return rewritten
+        stage = max((value.stage for value in operands), default=-1)
+        outs = bind(equation, [value.array for value in operands])
+        return [_lazy.Value(stage, out) for out in outs]
+
+    def _rewritten(
+        self,
+        equation: Equation,
+        operands: Sequence[_lazy.Value],
+        env: dict[Var, _lazy.Value],
+    ) -> list[_lazy.Value] | None:
         primitive = equation.primitive
         if primitive in (add_p, add_any_p) and _is_float(equation):
-            if operands[0].stage != operands[1].stage or any(
-                isinstance(value, _Sum) for value in operands
-            ):
+            late = operands[0].stage != operands[1].stage
+            if late or any(isinstance(value, _lazy.Sum) for value in operands):
                 return [self._sum(equation, operands)]
         elif primitive is concatenate_p:
-            return [_Concatenation(operands, equation.params["dimension"])]
+            return [_lazy.Concatenation(operands, equation.params["dimension"])]
         elif primitive in _LAYOUT or primitive is split_p():
             (source,) = equation.invars
             if not isinstance(source, Literal) and self.only_sliced[source]:
                 return operands[0].arranged(equation)
         elif primitive is dot_general_p and _is_matrix_product(equation):
-            group = self.groups.get(id(equation))
-            if group is not None:
-                return self._merged(group, env)
+            group = self.groups.get(id(equation), [equation])
             if operands[1].stage == -1:
-                return [self._product(equation, operands)]
-        stage = max((value.stage for value in operands), default=-1)
-        return [_Value(stage, out) for out in bind(equation, [v.array for v in operands])]
+                return (
+                    self._merged(group, env) if group[1:] else [self._product(equation, operands)]
+                )
+        elif is_elementwise(equation) and self._splits_later(equation, operands):
+            return [_lazy.Map(self._lone(equation, operands), equation)]
+        return None
 
-    def _sum(self, equation: Equation, operands: Sequence[_Value]) -> _Value:
-        parts: list[_Value] = []
-        for atom, value in zip(equation.invars, operands, strict=True):
-            lone = isinstance(atom, Literal) or self.uses[atom] == 1
-            if isinstance(value, _Sum) and lone:
-                parts += value.parts
-            elif isinstance(value, _Product) and lone:
-                parts.append(value)
-            else:
-                parts.append(_Value(value.stage, value.array))
-        return _Sum(parts)
-
-    def _product(self, equation: Equation, operands: Sequence[_Value]) -> _Value:
+    def _product(self, equation: Equation, operands: Sequence[_lazy.Value]) -> _lazy.Value:
         lhs, rhs = operands
         if self.to_be_transposed and lhs.stage > 0:
-            return _Value(lhs.stage, _turned(equation, lhs.array, rhs.array))
-        return _product(lhs, rhs.array, equation)
+            return _lazy.Value(lhs.stage, _turned(equation, lhs.array, rhs.array))
+        return _lazy.product(lhs, rhs.array, equation)
 
-    def _merged(self, group: Sequence[Equation], env: dict[Var, _Value]) -> list[_Value]:
+    def _sum(self, equation: Equation, operands: Sequence[_lazy.Value]) -> _lazy.Value:
+        parts: list[_lazy.Value] = []
+        for value in self._lone(equation, operands):
+            parts += value.parts if isinstance(value, _lazy.Sum) else [value]
+        return _lazy.Sum(parts)
+
+    def _lone(self, equation: Equation, operands: Sequence[_lazy.Value]) -> list[_lazy.Value]:
+        """The operands; one that others read too is computed now, or it would be more than once."""
+        return [
+            value if self._uses(atom) == 1 else _lazy.Value(value.stage, value.array)
+            for atom, value in zip(equation.invars, operands, strict=True)
+        ]
+
+    def _uses(self, atom: Atom) -> int:
+        return 1 if isinstance(atom, Literal) else self.uses[atom]
+
+    def _splits_later(self, equation: Equation, operands: Sequence[_lazy.Value]) -> bool:
+        """Whether the split that follows `equation` had better come before it."""
+        return self.only_columns[equation.outvars[0]] and any(
+            isinstance(value, _lazy.Map)
+            or (isinstance(value, _lazy.Sum) and value.parts[0].stage <= 0 < value.stage)
+            for value in self._lone(equation, operands)
+        )
+
+    def _merged(self, group: Sequence[Equation], env: dict[Var, _lazy.Value]) -> list[_lazy.Value]:
         """The product of one state with all its weights; fills `env` for the later ones."""
         first = group[0]
         weights = [self._read(env, e.invars[1]).array for e in group]
         axis = 1 - first.params["dimension_numbers"][0][1][0]
-        whole = _product(self._read(env, first.invars[0]), lax.concatenate(weights, axis), first)
+        whole = _lazy.product(
+            self._read(env, first.invars[0]), lax.concatenate(weights, axis), first
+        )
         sizes = [w.shape[axis] for w in weights]
         last = len(shape(first.outvars[0])) - 1
         split = trace(lambda z: lax.split(z, sizes, last), whole.array).program.equations[0]
@@ -253,9 +199,9 @@ class _Rewriter:
             env[equation.outvars[0]] = part
         return parts[:1]
 
-    def _read(self, env: dict[Var, _Value], atom: Atom) -> _Value:
+    def _read(self, env: dict[Var, _lazy.Value], atom: Atom) -> _lazy.Value:
         return (
-            _Value(-1, jnp.asarray(atom.val, dtype(atom)))
+            _lazy.Value(-1, jnp.asarray(atom.val, dtype(atom)))
             if isinstance(atom, Literal)
             else env[atom]
         )
@@ -287,24 +233,25 @@ class _Rewriter:
             bool, {v: not others[v] and n <= size_in_bytes(v) for v, n in parts.items()}
         )
 
+    def _only_columns(self) -> dict[Var, bool]:
+        """Whether a variable is read by columns alone, directly or through elementwise work."""
+        only: dict[Var, bool] = defaultdict(bool)
+        for equation in reversed(self.equations):
+            for v in variables(equation.invars):
+                if _lazy.columns(equation) is not None:
+                    only[v] = self.only_sliced[v] and (v not in only or only[v])
+                elif self.uses[v] == 1 and is_elementwise(equation):
+                    (out,) = equation.outvars
+                    only[v] = only[out] and shape(v) == shape(out)
+                else:
+                    only[v] = False
+        return only
+
     def _stage(self, atom: Atom) -> int:
         return -1 if isinstance(atom, Literal) else self.stages[atom]
 
 
 _LAYOUT = frozenset({reshape_p, slice_p, squeeze_p})
-
-
-def _product(lhs: _Value, rhs: Array, equation: Equation) -> _Value:
-    (contract_lhs,), (contract_rhs,) = equation.params["dimension_numbers"][0]
-    if not isinstance(lhs, _Concatenation) or lhs.axis != contract_lhs:
-        return _Product(lhs, rhs, equation)
-    products, start = [], 0
-    for part in _joined(lhs):
-        stop = start + part.array.shape[lhs.axis]
-        rows = lax.slice_in_dim(rhs, start, stop, axis=contract_rhs)
-        products.append(_Product(part, rows, equation))
-        start = stop
-    return _Sum(products) if len(products) > 1 else products[0]
 
 
 def _turned(equation: Equation, lhs: Array, rhs: Array) -> Array:
@@ -315,17 +262,6 @@ def _turned(equation: Equation, lhs: Array, rhs: Array) -> Array:
     return lax.dot_general(lhs, rhs.T, dimensions, **params)
 
 
-def _joined(concatenation: _Concatenation) -> list[_Value]:
-    """The parts of a concatenation, neighbours of the same stage in one."""
-    joined: list[list[_Value]] = []
-    for part in concatenation.parts:
-        if joined and joined[-1][0].stage == part.stage:
-            joined[-1].append(part)
-        else:
-            joined.append([part])
-    return [_Concatenation(run, concatenation.axis) if len(run) > 1 else run[0] for run in joined]
-
-
 def _is_float(equation: Equation) -> bool:
     return bool(jnp.issubdtype(dtype(equation.outvars[0]), jnp.inexact))
 
@@ -334,25 +270,3 @@ def _is_matrix_product(equation: Equation) -> bool:
     """Whether rows of any array are multiplied with a matrix, without batch axes."""
     (contract_lhs, _), (batch, _) = equation.params["dimension_numbers"]
     return len(contract_lhs) == 1 and not batch and len(shape(equation.invars[1])) == 2
-
-
-def _take_columns(array: Array, columns: Sequence[tuple[int, int]]) -> list[Array]:
-    """Ranges of the last axis; by one split if possible, whose transpose is one concatenation."""
-    axis, stops = array.ndim - 1, [stop for _, stop in columns]
-    if [0, *stops[:-1]] == [start for start, _ in columns] and stops[-1] == array.shape[axis]:
-        return list(lax.split(array, [stop - start for start, stop in columns], axis))
-    return [lax.slice_in_dim(array, start, stop, axis=axis) for start, stop in columns]
-
-
-def _columns(equation: Equation) -> list[tuple[int, int]] | None:
-    """The ranges of the last axis that a slice or split takes, if it cuts no other axis."""
-    whole = shape(equation.invars[0])
-    params = equation.params
-    if equation.primitive is split_p() and params["axis"] == len(whole) - 1:
-        stops = [sum(params["sizes"][: i + 1]) for i in range(len(params["sizes"]))]
-        return list(zip([0, *stops[:-1]], stops, strict=True))
-    if equation.primitive is slice_p and params["strides"] is None:
-        starts, stops = params["start_indices"], params["limit_indices"]
-        if all(s == 0 for s in starts[:-1]) and tuple(stops[:-1]) == whole[:-1]:
-            return [(starts[-1], stops[-1])]
-    return None

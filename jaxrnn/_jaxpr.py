@@ -124,12 +124,19 @@ def dtype(atom: Atom) -> Any:
 
 
 def kind(atom: Atom) -> tuple[Any, ...]:
-    """What a carry must not change: shape, dtype, weak type, axes that it varies over.
+    """What a carry must not change: shape, dtype, weak type, how it lies on the devices.
 
-    The sharding is not part of it: `lax.scan` does not look at it either.
+    The last is part of the type on meshes with explicit axes, and inside `shard_map`.
     """
     varying = getattr(atom.aval, "manual_axis_type", None)
-    return shape(atom), dtype(atom), is_weak(atom), varying
+    return shape(atom), dtype(atom), is_weak(atom), varying, explicit_spec(atom.aval)
+
+
+def explicit_spec(aval: Any) -> Any:
+    """How an array type is split over the explicit axes of a mesh; None where it is not."""
+    sharding = getattr(aval, "sharding", None)
+    spec = getattr(sharding, "spec", None)
+    return None if spec is None or all(axis is None for axis in spec) else sharding
 
 
 def is_weak(atom: Atom) -> bool:
@@ -190,6 +197,11 @@ def is_movable(equation: Equation) -> bool:
 def is_free(equation: Equation) -> bool:
     """Whether `equation` only arranges data: cheaper to repeat than to carry what it makes."""
     return equation.primitive in _FREE or equation.primitive is split_p()
+
+
+def is_elementwise(equation: Equation) -> bool:
+    """Whether `equation` works on each element by itself."""
+    return equation.primitive in _ELEMENTWISE
 
 
 def is_random(equation: Equation) -> bool:
@@ -269,6 +281,26 @@ _FREE = frozenset(
         p.squeeze_p,
         p.stop_gradient_p,
         p.transpose_p,
+    }
+)
+_ELEMENTWISE = frozenset(
+    {
+        p.add_p,
+        p.add_jaxvals_p,
+        p.clamp_p,
+        p.cos_p,
+        p.div_p,
+        p.erf_p,
+        p.exp_p,
+        p.integer_pow_p,
+        p.logistic_p,
+        p.max_p,
+        p.min_p,
+        p.mul_p,
+        p.neg_p,
+        p.sin_p,
+        p.sub_p,
+        p.tanh_p,
     }
 )
 _LINEAR = frozenset(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxrnn import _arguments, _masking
 from jaxrnn._arguments import Operands, Options, Step
-from jaxrnn._jaxpr import zeros_of
+from jaxrnn._jaxpr import explicit_spec, zeros_of
 from jaxrnn._scan import check_options, scan
 
 Array = jax.Array
@@ -162,7 +162,8 @@ def run(
     """`rnn` from its normal form on; `scan` is there for `explain` to listen at."""
     inputs, states, constants, valid, reset = operands
     step = _arguments.checked_step(step_function, states, constants)
-    output_like, output_is_state = _trace_output(step, inputs, states)
+    output_like, states_like, output_is_state = _trace_step(step, inputs, states)
+    states = jax.tree.map(_placed, states, states_like)
 
     # What a masked step, or a call that wants the last output alone, has to remember beside the
     # states: nothing, if the output is the first state.
@@ -256,17 +257,25 @@ _compiled_steps: weakref.WeakKeyDictionary[Step, Callable[[Options, Operands], R
 )
 
 
-def _trace_output(step: Step, inputs: PyTree, states: PyTree) -> tuple[PyTree, bool]:
-    """The output's shapes and dtypes, and whether it is, leaf by leaf, the first new state."""
+def _trace_step(step: Step, inputs: PyTree, states: PyTree) -> tuple[PyTree, PyTree, bool]:
+    """Types of the output and the new states; whether the output is, leaf by leaf, the first."""
     is_state = False
 
-    def trace(input_t: PyTree, states_t: PyTree) -> PyTree:
+    def trace(inputs: PyTree, states: PyTree) -> tuple[PyTree, PyTree]:
         nonlocal is_state
-        output, new_states = step(input_t, states_t)
+        output, new_states = step(jax.tree.map(lambda x: x[0], inputs), states)
         is_state = _agree(lambda y, s: y is s, output, _first_state(new_states))
-        return output
+        return output, new_states
 
-    return jax.eval_shape(trace, jax.tree.map(lambda x: x[0], inputs), states), is_state
+    return *jax.eval_shape(trace, inputs, states), is_state
+
+
+def _placed(state: Array, new: jax.ShapeDtypeStruct) -> Array:
+    """A fresh initial state split over an explicit mesh as the state that the step makes of it."""
+    sharding = explicit_spec(new)
+    if sharding is None or sharding == jax.typeof(state).sharding:
+        return state
+    return jax.sharding.reshard(state, sharding)
 
 
 def _initial_output(output_like: PyTree, states: PyTree) -> PyTree:

@@ -127,16 +127,22 @@ class Split(NamedTuple):
 def split_body(f: Body, init: PyTree, xs: PyTree, method: str) -> Split | None:
     """The body of a scan after fission, or None where the engine stands aside."""
     carry, carry_tree = jax.tree.flatten(jax.tree.map(jnp.asarray, init))
-    x, x_tree = jax.tree.flatten(jax.tree.map(lambda leaf: leaf[0], xs))
+    row = jax.eval_shape(lambda xs: jax.tree.map(lambda leaf: leaf[0], xs), xs)
+    x, x_tree = jax.tree.flatten(row)
 
     def flat(*args: Array) -> tuple[PyTree, PyTree]:
-        old, row = args[: len(carry)], args[len(carry) :]
-        return f(jax.tree.unflatten(carry_tree, old), jax.tree.unflatten(x_tree, row))
+        old, x = args[: len(carry)], args[len(carry) :]
+        return f(jax.tree.unflatten(carry_tree, old), jax.tree.unflatten(x_tree, x))
 
     traced = trace(flat, *carry, *x)
     strong = [
-        lax.convert_element_type(c, dtype(new)) if c.weak_type and not is_weak(new) else c
-        for c, new in zip(carry, traced.program.outvars, strict=False)
+        lax.convert_element_type(c, dtype(new)) if is_weak(old) and not is_weak(new) else c
+        for c, old, new in zip(
+            carry,
+            traced.program.invars[len(traced.consts) :],
+            traced.program.outvars,
+            strict=False,
+        )
     ]
     if any(c is not s for c, s in zip(carry, strong, strict=True)):
         carry = strong  # as `lax.scan` promotes them
@@ -147,22 +153,32 @@ def split_body(f: Body, init: PyTree, xs: PyTree, method: str) -> Split | None:
     after = map(kind, program.outvars[: len(carry)])
     if traced.has_effects or list(before) != list(after):
         return None
-    if not _is_worthwhile(program, at_any_size=method == "sequential"):
+    if not any(is_heavy(e) and is_movable(e) for e in program.equations):
         return None
     body = simplify(program, len(traced.consts), len(carry), [*traced.consts, *carry, *x])
+    if method == "auto" and not _is_worthwhile(body.program):
+        return None
     consts = (*body.consts, *traced.consts)
     plan = fission(body.program, len(consts), len(carry))
     return Split(plan, consts, carry, traced)
 
 
-def _is_worthwhile(program: Program, at_any_size: bool) -> bool:
-    """Whether there is something to move, and enough of it to pay for a pass of its own.
+def _is_worthwhile(program: Program) -> bool:
+    """Whether what can be moved is enough to pay for the passes over blocks.
 
-    The bound was measured on a CPU: a GRU of 4 units lost, one of 16 did not.
+    Measured on a CPU: a GRU of 4 units lost, one of 16 did not. A batch much larger than the
+    matrices that it meets lost too (64 samples, 32 units), because the elementwise work, part of
+    which is done again for the gradient, outweighs the products; on several devices this is still
+    worth it, for the collectives that leave the loop.
     """
     heavy = [e for e in program.equations if is_heavy(e) and is_movable(e)]
-    calls = [e for e in heavy if not multiply_adds(e)]
-    return bool(calls) or sum(map(multiply_adds, heavy)) >= (1 if at_any_size else 2048)
+    products = [e for e in heavy if multiply_adds(e)]
+    if len(products) < len(heavy):
+        return True
+    matrices = sum(min(map(size_in_bytes, e.invars[:2])) for e in products)
+    rows = sum(size_in_bytes(v) for e in products for v in e.outvars)
+    large = sum(map(multiply_adds, products)) >= 2048
+    return large and (4 * matrices >= 3 * rows or jax.device_count() > 1)
 
 
 def over_blocks(

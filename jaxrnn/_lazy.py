@@ -1,0 +1,168 @@
+"""Values of the rewriting interpreter that are not computed yet: sums, products, and their parts.
+
+What makes them worth the wait is `arranged`: a slice or a split of a sum is the sum of the slices,
+of an elementwise result the result of the slices, of a product with a matrix a product with some of
+its columns.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from jaxrnn._jaxpr import Equation, bind, shape, slice_p, split_p
+
+Array = Any
+
+
+class Value:
+    """A value of the interpreter, `stage` being the time at which it can be known."""
+
+    def __init__(self, stage: int, array: Array | None = None):
+        self.stage, self._array = stage, array
+
+    @property
+    def array(self) -> Array:
+        """The value itself, computed at the first call."""
+        if self._array is None:
+            self._array = self._compute()
+        return self._array
+
+    def _compute(self) -> Array:
+        raise NotImplementedError
+
+    def arranged(self, equation: Equation) -> list["Value"]:
+        """The results of a layout operation on this value.
+
+        As a part of a sum the value may have axes of size 1 for longer ones of the operand.
+        """
+        cuts, whole = columns(equation), shape(equation.invars[0])
+        if cuts is not None and self.array.shape[-1:] == whole[-1:]:
+            outs = _take_columns(self.array, cuts)
+        else:
+            outs = bind(equation, [jnp.broadcast_to(self.array, whole)])
+        return [Value(self.stage, out) for out in outs]
+
+
+class Sum(Value):
+    """A sum with at most one part for each stage, the earliest first."""
+
+    def __init__(self, parts: Sequence[Value]):
+        by_stage: dict[int, Value] = {}
+        for part in parts:
+            other = by_stage.get(part.stage)
+            by_stage[part.stage] = (
+                part if other is None else Value(part.stage, other.array + part.array)
+            )
+        self.parts = [by_stage[stage] for stage in sorted(by_stage)]
+        super().__init__(self.parts[-1].stage)
+
+    def _compute(self) -> Array:
+        return functools.reduce(
+            lambda total, part: total + part.array, self.parts[1:], self.parts[0].array
+        )
+
+    def arranged(self, equation: Equation) -> list[Value]:
+        return [Sum(outs) for outs in zip(*(p.arranged(equation) for p in self.parts), strict=True)]
+
+
+class Concatenation(Value):
+    def __init__(self, parts: Sequence[Value], axis: int):
+        super().__init__(max(part.stage for part in parts))
+        self.parts, self.axis = parts, axis
+
+    def _compute(self) -> Array:
+        return lax.concatenate([part.array for part in self.parts], self.axis)
+
+
+class Map(Value):
+    """An elementwise operation on a sum of early and late parts, of which only columns are read."""
+
+    def __init__(self, operands: Sequence[Value], equation: Equation):
+        super().__init__(max(value.stage for value in operands))
+        self.operands, self.equation = operands, equation
+
+    def _compute(self) -> Array:
+        return bind(self.equation, [value.array for value in self.operands])[0]
+
+    def arranged(self, equation: Equation) -> list[Value]:
+        count = len(equation.outvars)
+        taken = [
+            value.arranged(equation)
+            if shape(atom)[-1:] == shape(self.equation.outvars[0])[-1:]
+            else [value] * count
+            for atom, value in zip(self.equation.invars, self.operands, strict=True)
+        ]
+        return [Map(column, self.equation) for column in zip(*taken, strict=True)]
+
+
+class Product(Value):
+    """`lhs @ rhs` for an `rhs` that no step changes, by `equation`, a `dot_general`."""
+
+    def __init__(self, lhs: Value, rhs: Array, equation: Equation):
+        super().__init__(lhs.stage)
+        self.lhs, self.rhs, self.equation = lhs, rhs, equation
+
+    def _compute(self) -> Array:
+        return bind(self.equation, [self.lhs.array, self.rhs])[0]
+
+    def arranged(self, equation: Equation) -> list[Value]:
+        """A part of the columns is a product with a part of `rhs`, where that is worth it."""
+        cuts = columns(equation)
+        if self.stage > 0 or cuts is None:
+            return super().arranged(equation)
+        axis = 1 - self.equation.params["dimension_numbers"][0][1][0]
+        return [
+            Product(self.lhs, lax.slice_in_dim(self.rhs, start, stop, axis=axis), self.equation)
+            for start, stop in cuts
+        ]
+
+
+def product(lhs: Value, rhs: Array, equation: Equation) -> Value:
+    (contract_lhs,), (contract_rhs,) = equation.params["dimension_numbers"][0]
+    if not isinstance(lhs, Concatenation) or lhs.axis != contract_lhs:
+        return Product(lhs, rhs, equation)
+    products, start = [], 0
+    for part in _joined(lhs):
+        stop = start + part.array.shape[lhs.axis]
+        rows = lax.slice_in_dim(rhs, start, stop, axis=contract_rhs)
+        products.append(Product(part, rows, equation))
+        start = stop
+    return Sum(products) if len(products) > 1 else products[0]
+
+
+def _joined(concatenation: Concatenation) -> list[Value]:
+    """The parts of a concatenation, neighbours of the same stage in one."""
+    joined: list[list[Value]] = []
+    for part in concatenation.parts:
+        if joined and joined[-1][0].stage == part.stage:
+            joined[-1].append(part)
+        else:
+            joined.append([part])
+    return [Concatenation(run, concatenation.axis) if len(run) > 1 else run[0] for run in joined]
+
+
+def _take_columns(array: Array, cuts: Sequence[tuple[int, int]]) -> list[Array]:
+    """Ranges of the last axis; by one split if possible, whose transpose is one concatenation."""
+    axis, stops = array.ndim - 1, [stop for _, stop in cuts]
+    if [0, *stops[:-1]] == [start for start, _ in cuts] and stops[-1] == array.shape[axis]:
+        return list(lax.split(array, [stop - start for start, stop in cuts], axis))
+    return [lax.slice_in_dim(array, start, stop, axis=axis) for start, stop in cuts]
+
+
+def columns(equation: Equation) -> list[tuple[int, int]] | None:
+    """The ranges of the last axis that a slice or split takes, if it cuts no other axis."""
+    if equation.primitive not in (slice_p, split_p()):
+        return None
+    whole = shape(equation.invars[0])
+    params = equation.params
+    if equation.primitive is split_p() and params["axis"] == len(whole) - 1:
+        stops = [sum(params["sizes"][: i + 1]) for i in range(len(params["sizes"]))]
+        return list(zip([0, *stops[:-1]], stops, strict=True))
+    if equation.primitive is slice_p and params["strides"] is None:
+        starts, stops = params["start_indices"], params["limit_indices"]
+        if all(s == 0 for s in starts[:-1]) and tuple(stops[:-1]) == whole[:-1]:
+            return [(starts[-1], stops[-1])]
+    return None
