@@ -32,7 +32,7 @@ CALLED_OFF = 0.2
 LEFT, RIGHT, FORWARD = range(3)
 DISCOUNT = 0.9
 ENTROPY_BONUS = 0.02
-LEARNING_RATE = 6e-3
+LEARNING_RATE = 1e-2
 REQUIRED_WITH_RESET = 0.95
 ALLOWED_WITHOUT = 0.85
 CELL = cells.gru(32)
@@ -41,18 +41,17 @@ CELL = cells.gru(32)
 def main(arguments=None):
     """Trains with and without `reset`, draws, reports; returns 0 if only the former solves it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--updates", type=int, default=600)
+    parser.add_argument("--updates", type=int, default=500)
     parser.add_argument("--runs", type=int, default=3, help="training runs of either kind")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--short", action="store_true", help="1 run of 150 updates")
+    parser.add_argument("--short", action="store_true", help="1 run of either kind, 100 updates")
     parser.add_argument("--output", type=Path, default=HERE / "output" / "episodes.png")
     options = parser.parse_args(arguments)
     if options.short:
-        options.updates, options.runs = 150, 1
+        options.updates, options.runs = 100, 1
 
     keys = jax.random.split(jax.random.key(options.seed), options.runs)
-    with_reset = train("with reset", True, keys, options.updates)
-    without = train("without reset", False, keys, options.updates)
+    with_reset, without = train(keys, options.updates)
 
     draw(with_reset, without, options.output)
     final = slice(-max(1, options.updates // 10), None)
@@ -133,8 +132,8 @@ def act(params, use_reset, key):
         (state,), maze = carry
         look_key, action_key, move_key = jax.random.split(key, 3)
         view = look(look_key, maze)
-        if use_reset:
-            state = jnp.where(maze.begins[:, None], fresh[0], state)
+        forgets = (maze.begins & use_reset)[:, None]
+        state = jnp.where(forgets, fresh[0], state)
         output, states = cell_step(view, [state])
         logits = (output @ params["readout"] + params["bias"])[:, :3]
         action = jax.random.categorical(action_key, logits)
@@ -153,7 +152,7 @@ def loss(params, use_reset, record):
         CELL.step(params["cell"]),
         record.view,
         CELL.initial_states(MAZES),
-        reset=record.begins if use_reset else None,
+        reset=record.begins & use_reset,
     )
     outputs = outputs @ params["readout"] + params["bias"]
     log_policy, value = jax.nn.log_softmax(outputs[..., :3]), outputs[..., 3]
@@ -176,31 +175,40 @@ def returns(record):
     return scan(step, jnp.zeros(MAZES), by_time, reverse=True)[1].T
 
 
-def train(description, use_reset, keys, updates):
-    """One training run for each key, all at once; returns right turns `[updates, runs]`."""
+def train(keys, updates):
+    """Two training runs for each key, all at once, that differ in `use_reset` alone.
+
+    Returns the share of right turns with and without, two arrays `[updates, len(keys)]`.
+    """
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(LEARNING_RATE))
 
     @jax.jit
-    @jax.vmap
-    def update(params, optimizer_state, key):
-        record = act(params, use_reset, key)
+    def start(keys):
+        params = jax.vmap(init)(keys)
+        return params, jax.vmap(optimizer.init)(params)
+
+    @jax.jit
+    @partial(jax.vmap, in_axes=(0, 0, 0, 0, None))
+    def update(use_reset, params, optimizer_state, key, number):
+        record = act(params, use_reset, jax.random.fold_in(key, number))
         gradient = jax.grad(loss)(params, use_reset, record)
         updates, optimizer_state = optimizer.update(gradient, optimizer_state)
         turns = record.at_junction & (record.action != FORWARD)
         right = (turns & (record.reward > 0)).sum() / jnp.maximum(turns.sum(), 1)
         return optax.apply_updates(params, updates), optimizer_state, right
 
-    params = jax.jit(jax.vmap(init))(keys)
-    optimizer_state = jax.vmap(optimizer.init)(params)
-    curve = []
-    progress = tqdm(range(updates), desc=description, unit="update")
+    keys = jnp.concatenate([keys, keys])
+    use_reset = jnp.arange(len(keys)) < len(keys) // 2
+    params, optimizer_state = start(keys)
+    curves = []
+    progress = tqdm(range(updates), desc=f"{len(keys)} training runs", unit="update")
     for number in progress:
-        update_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
-        params, optimizer_state, right = update(params, optimizer_state, update_keys)
-        curve.append(right)
-        if number % 50 == 49:
-            progress.set_postfix_str(f"right turns {np.mean(curve[-50:]):.1%}")
-    return np.array(curve)
+        params, optimizer_state, right = update(use_reset, params, optimizer_state, keys, number)
+        curves.append(np.split(np.asarray(right), 2))
+        if number % 25 == 24:
+            with_reset, without = np.mean(curves[-25:], axis=(0, 2))
+            progress.set_postfix_str(f"with reset {with_reset:.0%}, without {without:.0%}")
+    return np.moveaxis(curves, 1, 0)
 
 
 def draw(with_reset, without, path):
