@@ -72,6 +72,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "return_all_outputs": False,
         "time_major": True,
     },
+    "masked_blocks": {"mask": GAPS, "chunk": 3, "method": "sequential"},
     "remat_backwards": {"remat": True, "go_backwards": True},
     "remat_everything": {
         "mask": GAPS,
@@ -80,9 +81,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "zero_output_for_mask": True,
         "time_major": True,
         "remat": True,
+        "method": "sequential",
     },
 }
-"""Flags of a call by name, batch-major and made for BATCH and TIME (see `Case.call`)."""
+"""Flags of a call by name, batch-major and made for BATCH and TIME (see `Case.call`).
+
+The arrays of the cases are so small that the library would leave them to `lax.scan`: where the
+method is named, it is to take the loop apart nevertheless.
+"""
 
 
 def valid_steps(batch: int, time: int, mask=None, input_length=None) -> np.ndarray:

@@ -70,6 +70,7 @@ def programs(draw):
         "zero_output_for_mask": draw(st.booleans()),
         "return_all_outputs": draw(st.sampled_from([True, True, False])),
         "remat": draw(st.booleans()),
+        "method": draw(st.sampled_from(["auto", "sequential", "lax"])),
         "chunk": draw(st.sampled_from(["auto", None, 1, 2, 5])),
     }
     for name in ("mask", "reset"):

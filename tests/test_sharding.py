@@ -7,56 +7,94 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import CASES, assert_same, reference_rnn
-from jax.sharding import NamedSharding
+from helpers import CASES, assert_same, numerical_gradient, reference_rnn, scalar_of
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxrnn
 
 DEVICES = 4
 MASK = np.array([[1, 0, 1, 1, 0, 1, 0], [0, 0, 1, 1, 1, 1, 1]] * 4, bool)
+CASE = CASES["readout"]
+PATHS = pytest.mark.parametrize("flags", [{}, {"method": "sequential", "chunk": 3}])
 
 
-@pytest.fixture
-def mesh():
-    if jax.device_count() < DEVICES:
-        pytest.skip("needs four devices, simulated ones will do (see conftest.py)")
-    auto = (jax.sharding.AxisType.Auto,)
-    return jax.make_mesh((DEVICES,), ("batch",), auto, devices=jax.devices()[:DEVICES])
+def mesh_of(axis_type):
+    """A mesh of simulated devices, which conftest.py asks for."""
+    return jax.make_mesh((DEVICES,), ("batch",), (axis_type,), devices=jax.devices()[:DEVICES])
 
 
-def call(case, params, inputs, states, mask):
-    step = case.make_step(jnp, params)
-    return jaxrnn.rnn(step, inputs, states, mask=mask)
+def problem():
+    params, inputs, states, _ = CASE.arguments(batch=2 * DEVICES)
+    return params, inputs, states
 
 
-def expectation(case, params, inputs, states):
-    return reference_rnn(case.make_step(np, params), inputs, states, mask=MASK)
+def call(params, inputs, states, mask, **flags):
+    return jaxrnn.rnn(CASE.make_step(jnp, params), inputs, states, mask=mask, **flags)
 
 
-def test_sharded_jit_keeps_the_batch_sharding_and_communicates_nothing(mesh):
-    case = CASES["readout"]
-    params, *operands, _ = case.arguments(batch=2 * DEVICES)
-    by_batch = NamedSharding(mesh, P("batch"))
-    placed = jax.device_put((*operands, MASK), by_batch)
+def call_with_fresh_states(params, inputs, mask, **flags):
+    """As most people write it: the initial states are zeros made inside the jitted function."""
+    return call(params, inputs, [jnp.zeros((inputs.shape[0], 4))], mask, **flags)
+
+
+def expectation(params, inputs, states):
+    return reference_rnn(CASE.make_step(np, params), inputs, states, mask=MASK)
+
+
+def placed(mesh, params, *by_batch):
+    """Parameters on every device, everything else split by batch."""
     whole = jax.device_put(params, NamedSharding(mesh, P()))
-    compiled = jax.jit(functools.partial(call, case)).lower(whole, *placed).compile()
-    results = compiled(whole, *placed)
+    return whole, *jax.device_put(by_batch, NamedSharding(mesh, P("batch")))
+
+
+@PATHS
+@pytest.mark.parametrize("fresh", [False, True], ids=["given", "fresh"])
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_sharded_jit_keeps_the_batch_sharding_and_communicates_nothing(axis_type, fresh, flags):
+    params, inputs, states = problem()
+    mesh = mesh_of(axis_type)
+    if fresh:
+        states = [np.zeros_like(states[0])]
+        operands = placed(mesh, params, inputs, MASK)
+    else:
+        operands = placed(mesh, params, inputs, states, MASK)
+    function = functools.partial(call_with_fresh_states if fresh else call, **flags)
+    compiled = jax.jit(function).lower(*operands).compile()
+    results = compiled(*operands)
+    by_batch = NamedSharding(mesh, P("batch"))
     for leaf in jax.tree.leaves(results):
         assert leaf.sharding.is_equivalent_to(by_batch, leaf.ndim)
-    assert not re.findall(
-        r"all-reduce|all-gather|all-to-all|collective-permute", compiled.as_text()
+    collectives = r"all-reduce|all-gather|all-to-all|collective-permute"
+    assert not re.findall(collectives, compiled.as_text())
+    assert_same(results, expectation(params, inputs, states))
+
+
+@PATHS
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_the_gradient_of_sharded_jit(axis_type, flags):
+    params, inputs, states = problem()
+    operands = placed(mesh_of(axis_type), params, inputs, MASK)
+
+    def loss(params, inputs, mask):
+        return scalar_of(call_with_fresh_states(params, inputs, mask, **flags))
+
+    zeros = [np.zeros_like(states[0], np.float64)]
+    expected = numerical_gradient(
+        lambda p: scalar_of(expectation(p, inputs.astype(np.float64), zeros), np), params
     )
-    assert_same(results, expectation(case, params, *operands))
+    actual = jax.jit(jax.grad(loss))(*operands)
+    assert_same(actual, jax.tree.map(np.float32, expected), scale=10)
 
 
-def test_shard_map(mesh):
-    case = CASES["readout"]
-    params, *operands, _ = case.arguments(batch=2 * DEVICES)
+@PATHS
+def test_shard_map(flags):
+    params, inputs, states = problem()
     split = jax.shard_map(
-        functools.partial(call, case),
-        mesh=mesh,
+        functools.partial(call, **flags),
+        mesh=mesh_of(AxisType.Auto),
         in_specs=(P(), P("batch"), P("batch"), P("batch")),
         out_specs=P("batch"),
     )
-    assert_same(jax.jit(split)(params, *operands, MASK), expectation(case, params, *operands))
+    actual = jax.jit(split)(params, inputs, states, MASK)
+    assert_same(actual, expectation(params, inputs, states))

@@ -22,7 +22,9 @@ from helpers import (
 
 import jaxrnn
 
-MASKED = {"mask": GAPS, "reset": RESETS, "go_backwards": True}
+# The method is named because the library leaves arrays as small as these to lax.scan.
+BLOCKS = {"chunk": 3, "method": "sequential"}
+MASKED = {"mask": GAPS, "reset": RESETS, "go_backwards": True, **BLOCKS}
 loop = functools.partial(reference_rnn, xp=jnp)
 
 
@@ -68,8 +70,8 @@ def test_gradient_with_respect_to_each_argument_alone(argument):
 
 @pytest.mark.parametrize(
     "flags",
-    [{"unroll": True}, {"remat": True}, {"remat": True, **MASKED}, {"return_all_outputs": False}],
-    ids=["unroll", "remat", "remat_masked", "last_only"],
+    [{"unroll": True}, BLOCKS, {"remat": True, **MASKED}, {"return_all_outputs": False}],
+    ids=["unroll", "blocks", "remat_masked", "last_only"],
 )
 def test_gradient_on_every_path(flags):
     case = CASES["readout"]
@@ -103,7 +105,9 @@ def test_vmap(over):
         **{field: getattr(stacked, field) for field in first._fields if over in (field, "all")}
     )
     actual = jax.jit(
-        jax.vmap(lambda *a: case.call(jaxrnn.rnn, jnp, Arguments(*a), mask=GAPS), in_axes=axes)
+        jax.vmap(
+            lambda *a: case.call(jaxrnn.rnn, jnp, Arguments(*a), mask=GAPS, **BLOCKS), in_axes=axes
+        )
     )(*mapped)
     expected = [case.call(reference_rnn, np, one, mask=GAPS) for one in several]
     assert_same(actual, jax.tree.map(lambda *leaves: np.stack(leaves), *expected))
@@ -130,7 +134,7 @@ def test_gradient_of_an_ensemble():
     params = jax.tree.map(lambda *leaves: np.stack(leaves), *(one.params for one in several))
 
     def member(params):
-        return loss(case, jaxrnn.rnn, jnp, arguments._replace(params=params), mask=GAPS)
+        return loss(case, jaxrnn.rnn, jnp, arguments._replace(params=params), mask=GAPS, **BLOCKS)
 
     actual = jax.jit(jax.grad(lambda params: jax.vmap(member)(params).sum()))(params)
     expected = [
@@ -182,7 +186,7 @@ def quadratic(case, arguments, rnn, **flags):
     return function
 
 
-REMAT = {"remat": True, "mask": GAPS[:1, :3]}
+REMAT = {"remat": True, "mask": GAPS[:1, :3], "method": "sequential"}
 
 
 @pytest.mark.parametrize(
@@ -251,15 +255,16 @@ def test_custom_derivatives_inside_the_step_keep_their_rules():
     odd.defjvp(lambda primals, tangents: (jnp.cos(primals[0]), 2.0 * tangents[0]))
 
     def step(x, states):
-        h = clipped(states[0] + x) + odd(states[0])
+        h = clipped(states[0] @ w + x @ w) + odd(states[0])
         return h, [h]
 
-    x, h = np.float32(np.random.default_rng(0).normal(size=(2, 4, 3))), jnp.ones((2, 3))
+    rng = np.random.default_rng(0)
+    w, x = np.float32(rng.normal(size=(3, 3))), np.float32(rng.normal(size=(2, 4, 3)))
+    h = jnp.ones((2, 3))
 
     def gradient(rnn):
-        return jax.jit(
-            jax.grad(lambda x, h: scalar_of(rnn(step, x, [h], mask=GAPS[:2, :4])), (0, 1))
-        )(x, h)
+        flags = {"mask": GAPS[:2, :4], **BLOCKS}
+        return jax.jit(jax.grad(lambda x, h: scalar_of(rnn(step, x, [h], **flags)), (0, 1)))(x, h)
 
     assert_same(gradient(jaxrnn.rnn), gradient(loop), scale=10)
 
@@ -269,17 +274,18 @@ def test_control_flow_inside_the_step():
 
     def step(x, states):
         h, n = states
-        h = jax.lax.cond(n[0] % 2 == 0, lambda: jnp.tanh(h + x), lambda: h - 0.5 * x)
+        h = jax.lax.cond(n[0] % 2 == 0, lambda: jnp.tanh(h + x @ w), lambda: h - x @ w)
         h = jax.lax.switch(n[0] % 3, [jnp.sin, jnp.cos, lambda h: h * 0.5], h)
         h, _ = jax.lax.scan(lambda c, y: (0.9 * c + y, None), h, jnp.stack([x, h]))
         return h, [h, jax.lax.while_loop(lambda m: m[0] % 4 != 1, lambda m: m + 1, n + 1)]
 
-    x = np.float32(np.random.default_rng(0).normal(size=(2, 4, 3)))
+    rng = np.random.default_rng(0)
+    w, x = np.float32(rng.normal(size=(3, 3))), np.float32(rng.normal(size=(2, 4, 3)))
     states = [jnp.ones((2, 3)), jnp.zeros((2,), jnp.int32)]
 
     def run(rnn):
         def function(x, h):
-            results = rnn(step, x, [h, states[1]])
+            results = rnn(step, x, [h, states[1]], **BLOCKS)
             return scalar_of(results), results
 
         return jax.jit(jax.value_and_grad(function, (0, 1), has_aux=True))(x, states[0])

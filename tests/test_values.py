@@ -17,7 +17,7 @@ import jaxrnn
 # Two cases go through every setting, the rest through those that differ most; where a case can't
 # be masked, that leaves the settings without a mask.
 CORE = ("nested_inputs_and_outputs", "constants")
-SPREAD = ("mask", "remat_everything")
+SPREAD = ("masked_blocks", "remat_everything")
 UNMASKED = ("plain", "unrolled_by_two_backwards", "remat_backwards", "last_only")
 
 PROBLEMS = [
