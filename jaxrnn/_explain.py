@@ -72,7 +72,7 @@ def _report(
     split = split_body(body, init, xs, method)
     if split is None:
         return [
-            f"plain lax.scan over {time} steps: the step has effects, or no product to move out"
+            f"plain lax.scan over {time} steps: the step has effects, or no product worth moving"
         ]
     block = block_length(chunk, remat, time, split)
     kept = " (rematerialised)" if remat else ""

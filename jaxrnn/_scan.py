@@ -12,6 +12,7 @@ from jaxrnn._algebra import simplify
 from jaxrnn._fission import Plan, fission
 from jaxrnn._jaxpr import (
     Traced,
+    dot_general_p,
     dtype,
     is_heavy,
     is_movable,
@@ -171,7 +172,7 @@ def _is_worthwhile(plan: Plan) -> bool:
     worth it, for the collectives that leave the loop.
     """
     heavy = [e for e in plan.body.equations if is_heavy(e) and is_movable(e)]
-    products = [e for e in heavy if multiply_adds(e)]
+    products = [e for e in heavy if e.primitive is dot_general_p]
     if len(products) < len(heavy):
         return True
     operands = [v for e in products for v in variables(e.invars)]

@@ -1,0 +1,94 @@
+"""`explain` says what became of a step, and says the truth."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxrnn
+
+B, T, D, H, V = 8, 24, 16, 32, 4
+
+
+def lstm_with_readout(x, states):
+    h, c = states
+    z = x @ jnp.ones((D, 4 * H)) + h @ jnp.ones((H, 4 * H))
+    i, f, g, o = jnp.split(z, 4, axis=-1)
+    c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+    h = jax.nn.sigmoid(o) * jnp.tanh(c)
+    return h @ jnp.ones((H, V)), [h, c]
+
+
+INPUTS, STATES = jnp.ones((B, T, D)), [jnp.ones((B, H))] * 2
+
+
+def explain(**options):
+    options.setdefault("method", "sequential")
+    return jaxrnn.explain(lstm_with_readout, INPUTS, STATES, **options)
+
+
+def section(report, title):
+    """The lines under the first title that contains `title`."""
+    lines = report.splitlines()
+    start = next(i for i, line in enumerate(lines) if title in line) + 1
+    stop = next((i for i in range(start, len(lines)) if not lines[i]), len(lines))
+    return "\n".join(lines[start:stop])
+
+
+def figure(report, title):
+    """The number at the start of the line after `title`, thousands separated by commas."""
+    (line,) = (line for line in report.splitlines() if line.startswith(title))
+    return line.removeprefix(title).split()[0].replace(",", "")
+
+
+def test_every_operation_is_where_it_runs():
+    report = explain()
+    assert section(report, "prologue").count(f"@ float32[{D}, {H}]") == 1
+    assert section(report, "recurrence").count("dot_general") == 1
+    assert f"@ float32[{H}, {4 * H}]" in section(report, "recurrence")
+    assert f"@ float32[{H}, {V}]" in section(report, "epilogue")
+
+
+def test_multiply_adds_are_those_of_the_formulas():
+    report = explain()
+    assert int(figure(report, "multiply-adds per step")) == B * H * 4 * H
+    outside = B * D * 4 * H + B * H * V
+    assert f"{outside:,} outside" in report
+    assert f"{B * H * 4 * H + outside:,} in the loop" in report
+
+
+def test_rematerialisation_keeps_less():
+    whole = float(figure(explain(chunk=4), "kept for the gradient"))
+    blocks = float(figure(explain(chunk=4, remat=True), "kept for the gradient"))
+    assert blocks < whole / 2
+    assert "in blocks of 4 (rematerialised)" in explain(chunk=4, remat=True)
+
+
+def test_a_mask_leaves_one_product_in_the_loop():
+    report = explain(mask=jnp.ones((B, T)))
+    assert section(report, "recurrence").count("dot_general") == 1
+
+
+def test_standing_aside_is_said():
+    def count(x, states):
+        return states[0], [states[0] + 1]
+
+    asked = explain(method="lax")
+    nothing = jaxrnn.explain(count, INPUTS, STATES[:1])
+    for report in (asked, nothing):
+        assert report.startswith(f"plain lax.scan over {T} steps")
+    assert "asked for" in asked
+    assert "no product" in nothing
+
+
+def test_lines_fit_a_terminal_and_nothing_is_computed():
+    def loud(x, states):
+        jax.debug.callback(lambda: pytest.fail("the step ran"))
+        return lstm_with_readout(x, states)
+
+    assert all(len(line) <= 80 for line in explain(mask=jnp.ones((B, T))).splitlines())
+    assert "effects" in jaxrnn.explain(loud, INPUTS, STATES)
+
+
+def test_mistakes_are_named_as_rnn_names_them():
+    with pytest.raises(ValueError, match="mask has shape"):
+        explain(mask=jnp.ones((B, T + 1)))
