@@ -229,7 +229,7 @@ def draw(with_reset, without, path):
     panel.set(xlabel=f"update (mean of the last {window})", ylabel="right turns [%]")
     panel.set(xlim=(0, len(with_reset)), ylim=(45, 101))
     panel.set_title("Episodes packed end to end: a recurrent policy on jaxrnn", weight="bold")
-    panel.legend(frameon=False, loc="center right")
+    panel.legend(frameon=False, loc="center right", bbox_to_anchor=(1, 0.75))
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(axis="y", alpha=0.25)
 
