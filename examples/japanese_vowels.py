@@ -36,8 +36,12 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--short", action="store_true", help="8 epochs, and a lower bar")
     parser.add_argument("--output", type=Path, default=HERE / "output" / "japanese_vowels.png")
     options = parser.parse_args(arguments)
+    required = REQUIRED_ACCURACY
+    if options.short:
+        options.epochs, required = 8, 0.9
 
     train_set, test_set = load()
     start = time.perf_counter()
@@ -50,10 +54,12 @@ def main(arguments=None):
     print(f"trained on {len(train_set['speakers'])} utterances in {seconds:.0f} s")
     print(f"test accuracy: {correct / total:.2%} ({correct} of {total} utterances)")
     print(f"learning curve and confusion matrix: {options.output}")
-    if correct / total < REQUIRED_ACCURACY:
-        print(f"below the {REQUIRED_ACCURACY:.0%} that this example promises", file=sys.stderr)
-        return 1
-    return 0
+    passed = correct / total >= required
+    print(
+        f"{'PASS' if passed else 'FAIL'}  {correct / total:.1%} of unheard utterances "
+        f"given to their speakers (needs {required:.0%})"
+    )
+    return 0 if passed else 1
 
 
 def load():
