@@ -1,0 +1,153 @@
+"""Split over devices by batch, a gradient talks once per block of time, not at every step."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from bodies import BODIES
+from helpers import assert_same
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from structure import executed_collectives
+
+import jaxrnn
+
+DEVICES, BATCH, TIME, FEATURES, UNITS = 8, 16, 256, 4, 8
+KINDS = "all-gather", "all-to-all", "collective-permute", "reduce-scatter"
+
+
+@pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def mesh(request):
+    if jax.device_count() < DEVICES:
+        pytest.skip("needs eight devices, simulated ones will do (see conftest.py)")
+    return jax.make_mesh((DEVICES,), ("batch",), (request.param,))
+
+
+def problem(name, time=TIME):
+    gates = {"lstm_split": 4, "elman_cell": 1}[name]
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return (0.2 * rng.standard_normal(shape)).astype(np.float32)
+
+    n = gates * UNITS
+    p = {"w": draw(FEATURES, n), "u": draw(UNITS, n), "b": draw(n)}
+    return p, [draw(BATCH, UNITS), draw(BATCH, UNITS)], draw(time, BATCH, FEATURES)
+
+
+def loss(scan, name, p, init, xs):
+    init = tuple(init) if name == "lstm_split" else init[0]
+    return (scan(BODIES[name].make(p), init, xs)[1] ** 2).mean()
+
+
+def compiled_gradient(scan, name, mesh, operands):
+    p, init, xs = operands
+    placed = (
+        jax.device_put(p, NamedSharding(mesh, P())),
+        jax.device_put(init, NamedSharding(mesh, P("batch"))),
+        jax.device_put(xs, NamedSharding(mesh, P(None, "batch"))),
+    )
+    gradient = jax.value_and_grad(functools.partial(loss, scan, name), (0, 1, 2))
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(gradient).lower(*placed).compile()
+        return compiled, compiled(*placed)
+
+
+@pytest.mark.parametrize("name", ["lstm_split", "elman_cell"])
+def test_a_batch_sharded_gradient_reduces_once_per_block(mesh, name):
+    operands = problem(name)
+    scan = functools.partial(jaxrnn.scan, method="sequential")
+    compiled, results = compiled_gradient(scan, name, mesh, operands)
+    text = compiled.as_text()
+    assert executed_collectives(text) <= TIME // 8
+    assert not any(executed_collectives(text, kind) for kind in KINDS)
+    expected = jax.value_and_grad(functools.partial(loss, lax.scan, name), (0, 1, 2))(*operands)
+    assert_same(results, expected, scale=10)
+
+
+def test_the_measure_sees_a_collective_at_every_step(mesh):
+    """`lax.scan` reduces the gradient of the weights step by step; what is counted is right."""
+    compiled, _ = compiled_gradient(lax.scan, "elman_cell", mesh, problem("elman_cell"))
+    assert executed_collectives(compiled.as_text()) >= TIME
+
+
+def test_fresh_states_do_not_keep_the_engine_from_its_work():
+    """Zeros made inside the function are on no mesh, whereas the states to come are.
+
+    With axes of type Explicit `lax.scan` refuses such states.
+    """
+    mesh = jax.make_mesh((DEVICES,), ("batch",), (AxisType.Auto,))
+    p, _, xs = problem("elman_cell")
+
+    def gradient(scan):
+        def loss(p, xs):
+            h = jnp.zeros((BATCH, UNITS))
+            return (scan(BODIES["elman_cell"].make(p), h, xs)[1] ** 2).mean()
+
+        placed = (
+            jax.device_put(p, NamedSharding(mesh, P())),
+            jax.device_put(xs, NamedSharding(mesh, P(None, "batch"))),
+        )
+        with jax.set_mesh(mesh):
+            compiled = jax.jit(jax.grad(loss)).lower(*placed).compile()
+            return compiled.as_text(), compiled(*placed)
+
+    text, results = gradient(functools.partial(jaxrnn.scan, method="sequential"))
+    before, expected = gradient(lax.scan)
+    assert_same(results, expected, scale=10)
+    executed = [
+        sum(executed_collectives(t, kind) for kind in ("all-reduce", *KINDS))
+        for t in (text, before)
+    ]
+    assert executed[0] <= executed[1] / 4
+
+
+@pytest.mark.parametrize("flags", [{}, {"chunk": 4, "remat": True}], ids=["plain", "remat"])
+def test_shard_map_with_a_collective_inside_the_body(flags):
+    """A body that talks to the other devices (here: a mean over the whole batch)."""
+    mesh = jax.make_mesh((DEVICES,), ("batch",), (AxisType.Auto,))
+    p, (h, _), xs = problem("elman_cell", 6)
+
+    def run(scan, p, h, xs):
+        def body(h, x):
+            z = x @ p["w"] + h @ p["u"]
+            h = jnp.tanh(z - lax.pmean(z.mean(0), "batch") + p["b"])
+            return h, h @ p["u"]
+
+        return scan(body, h, xs)
+
+    def value_and_gradient(scan):
+        specs = P(), P("batch"), P(None, "batch")
+        split = jax.shard_map(
+            functools.partial(run, scan), mesh=mesh, in_specs=specs, out_specs=specs[1:]
+        )
+        gradient = jax.grad(lambda *a: (split(*a)[1] ** 2).sum(), (0, 1, 2))
+        return jax.jit(lambda *a: (split(*a), gradient(*a)))(p, h, xs)
+
+    actual = value_and_gradient(functools.partial(jaxrnn.scan, method="sequential", **flags))
+    assert_same(actual, value_and_gradient(lax.scan), scale=10)
+
+
+def test_a_collective_over_a_vmapped_axis():
+    p, (h, _), xs = problem("elman_cell", 5)
+
+    def run(scan, h, xs):
+        def body(h, x):
+            z = x @ p["w"] + lax.psum(h, "samples") @ p["u"]
+            h = jnp.tanh(z / lax.axis_size("samples") + lax.axis_index("samples"))
+            return h, lax.psum(h @ p["u"], "samples")
+
+        return scan(body, h, xs)
+
+    def value_and_gradient(scan):
+        def loss(h, xs):
+            return (mapped(h, xs)[1] ** 2).sum()
+
+        mapped = jax.vmap(functools.partial(run, scan), (0, 1), axis_name="samples")
+        return jax.jit(lambda *a: (mapped(*a), jax.jvp(loss, a, a)))(h, xs)
+
+    actual = value_and_gradient(functools.partial(jaxrnn.scan, method="sequential", chunk=2))
+    assert_same(actual, value_and_gradient(lax.scan), scale=10)

@@ -1,0 +1,395 @@
+"""`scan` gives what `jax.lax.scan` gives, values and gradients, whatever the body and the options.
+
+The bodies are small: `method="sequential"` has them taken apart nevertheless.
+"""
+
+import collections
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from bodies import BODIES, TIME
+from helpers import assert_same
+from jax import export, lax
+from structure import DOT, SCAN, equations
+
+import jaxrnn
+
+SPLIT = {"method": "sequential"}
+SETTINGS = {
+    "plain": {},
+    "reverse": {"reverse": True},
+    "even_chunks": {"chunk": 3},
+    "uneven_chunks_reverse": {"chunk": 4, "reverse": True},
+    "single_steps": {"chunk": 1},
+    "one_block_unrolled_by_two": {"chunk": None, "unroll": 2},
+    "remat": {"remat": True},
+    "remat_reverse": {"remat": True, "chunk": 5, "reverse": True},
+    "unrolled": {"unroll": True, "chunk": 4},
+}
+
+
+# What is computed matters here, not how fast.
+compiled = functools.partial(
+    jax.jit,
+    compiler_options={
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    },
+)
+
+
+def is_float(leaf):
+    return jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.inexact)
+
+
+def scalar_of(tree):
+    """A real number in which every element of every float leaf has a weight of its own."""
+    total = jnp.zeros(())
+    for number, leaf in enumerate(filter(is_float, map(jnp.asarray, jax.tree.leaves(tree)))):
+        weights = np.cos(np.arange(leaf.size) + number).reshape(leaf.shape)
+        weighted = jnp.sin(leaf) * weights.astype(leaf.real.dtype)
+        total += jnp.sum(weighted.real + 2 * weighted.imag).astype(total.dtype)
+    return total
+
+
+def value_and_gradient(case, scan, time, **flags):
+    """The results, and the gradient with respect to every float among consts, init and xs."""
+    leaves, structure = jax.tree.flatten(case.operands(time))
+
+    def run(*floats):
+        given = iter(floats)
+        merged = [next(given) if is_float(leaf) else leaf for leaf in leaves]
+        results = case.run(scan, structure.unflatten(merged), time, **flags)
+        return scalar_of(results), results
+
+    floats = list(filter(is_float, leaves))
+    if not case.reverse_mode:
+        return compiled(run)(*floats)
+    return compiled(jax.value_and_grad(run, tuple(range(len(floats))), has_aux=True))(*floats)
+
+
+def check(name, setting, time=TIME):
+    case, flags = BODIES[name], SETTINGS[setting]
+    expected = value_and_gradient(case, lax.scan, time, reverse=flags.get("reverse", False))
+    actual = value_and_gradient(case, jaxrnn.scan, time, **flags, **SPLIT)
+    assert_same(actual, expected, case.compute_dtype, scale=10)
+
+
+# Each body under one setting, the settings in turn; the cheapest of them divide the time axis.
+PAIRS = [(name, list(SETTINGS)[number % len(SETTINGS)]) for number, name in enumerate(BODIES)]
+
+
+@pytest.mark.parametrize(("name", "setting"), PAIRS)
+def test_values_and_gradients_of_every_body(name, setting):
+    check(name, setting, 6)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("name", ["integers_and_booleans", "affine_with_readout"])
+def test_values_and_gradients_in_every_setting(name, setting):
+    check(name, setting)
+
+
+# The same arguments.
+
+
+def elman(w, u):
+    def body(h, x):
+        h = jnp.tanh(x @ w + h @ u)
+        return h, h
+
+    return body
+
+
+W, U = np.linspace(-0.5, 0.5, 8).reshape(2, 4), np.linspace(-0.4, 0.3, 16).reshape(4, 4)
+W, U = W.astype(np.float32), U.astype(np.float32)
+H, X = np.ones((3, 4), np.float32), np.linspace(-1, 1, 42, dtype=np.float32).reshape(7, 3, 2)
+Pair = collections.namedtuple("Pair", "left right")
+
+
+def both(*args, **kwargs):
+    """The results of `jaxrnn.scan` and of `lax.scan` for the same arguments."""
+    return jaxrnn.scan(*args, **kwargs, **SPLIT), lax.scan(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda body: both(body, H, X),
+        lambda body: both(body, H, X, 7, True, 2),
+        lambda body: both(f=body, init=H, xs=X, length=7, reverse=True, unroll=True),
+        lambda body: both(body, H, X[:1]),
+        lambda body: both(body, H, X[:0]),
+        lambda body: both(body, H, X, unroll=3),
+        lambda body: both(lambda h, _: body(h, H[:, :2]), H, length=5),
+        lambda body: both(lambda h, _: body(h, H[:, :2]), H, None, 0),
+        lambda body: both(lambda h, x: body(h, x[None]), H, X[:, 0]),
+        lambda body: both(lambda h, x: body(h @ U, x[0]), H, [X, None, {}]),
+        lambda body: both(lambda c, x: (Pair(body(c.left, x)[0], None), c), Pair(H, None), X),
+        lambda body: both(lambda c, x: ({"h": body(c["h"], x)[0]}, [()]), {"h": H}, X),
+        lambda body: both(lambda c, x: ((c[0] + 1, body(c[1], x)[0]), c[0]), (0, H), X),
+        lambda body: both(lambda c, x: (c * 0.5 + body(H, x)[0].sum(), c), 1.0, X),
+        lambda body: both(lambda c, x: (c + (body(H, x)[0] > 0).any(), c), 2, X),
+    ],
+)
+def test_whatever_lax_scan_accepts(call):
+    assert_same(*call(elman(W, U)))
+
+
+def test_without_jit():
+    with jax.disable_jit():
+        actual, expected = both(elman(W, U), H, X, reverse=True)
+        gradient = jax.grad(lambda u: jaxrnn.scan(elman(W, u), H, X, chunk=3, **SPLIT)[0].sum())(U)
+    assert_same(actual, expected)
+    assert_same(gradient, jax.grad(lambda u: lax.scan(elman(W, u), H, X)[0].sum())(U), scale=10)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_double_precision(jit):
+    """float64 throughout, and float32 inputs that meet a float64 state."""
+    with jax.enable_x64(True):
+        w, u, h = W.astype(np.float64), U.astype(np.float64), H.astype(np.float64)
+
+        def run(scan, w, u, h, x, **flags):
+            def body(h, x):
+                return elman(w, u)(h, x)[0], (x @ w.astype(x.dtype), h @ u)
+
+            def loss(*operands):
+                results = scan(body, operands[2], operands[3], **flags)
+                return scalar_of(results), results
+
+            return jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True)(w, u, h, x)
+
+        for x in (X.astype(np.float64), X):
+            flags = {"chunk": 4, **SPLIT}
+            ours = functools.partial(run, jaxrnn.scan, **flags)
+            theirs = functools.partial(run, lax.scan)
+            actual = (jax.jit(ours) if jit else ours)(w, u, h, x)
+            assert_same(actual, jax.jit(theirs)(w, u, h, x), scale=10)
+            if not jit:
+                break
+
+
+@pytest.mark.parametrize("precision", ["highest", "bfloat16"])
+def test_the_precision_of_products_is_that_of_the_call(precision):
+    """Both the context around the scan and that inside the body reach the products."""
+
+    def precisions(scan, body, **flags):
+        with jax.default_matmul_precision(precision):
+            jaxpr = jax.make_jaxpr(lambda x: scan(body, H, x, **flags))(X)
+        return {
+            str(equation.params["precision"])
+            for equation, _ in equations(jaxpr)
+            if equation.primitive is DOT
+        }
+
+    def mixed(h, x):
+        with jax.default_matmul_precision("float32"):
+            z = x @ W
+        h = jnp.tanh(z + h @ U)
+        return h, h
+
+    for body in (elman(W, U), mixed):
+        assert precisions(jaxrnn.scan, body, **SPLIT) == precisions(lax.scan, body)
+
+
+# Where the engine stands aside.
+
+
+def the_scan(scan, body, *operands, **flags):
+    """The one loop of a program, as text."""
+    jaxpr = jax.make_jaxpr(lambda *a: scan(body, *a, **flags))(*operands)
+    (equation,) = [e for e in jaxpr.eqns if e.primitive is SCAN]
+    return str(equation)
+
+
+def printing(h, x):
+    jax.debug.print("{}", x[0, 0])
+    return elman(W, U)(h, x)
+
+
+def calling_back(h, x):
+    like = jax.ShapeDtypeStruct(h.shape, h.dtype)
+    h = jax.experimental.io_callback(lambda h: h, like, h @ U, ordered=True)
+    return h, x @ W
+
+
+def elementwise(h, x):
+    h = jnp.tanh(0.5 * h + x.sum())
+    return h, h.mean()
+
+
+def control_flow_alone(h, x):
+    h = lax.cond(x.sum() > 0, lambda: h @ U, lambda: h)
+    return lax.while_loop(lambda h: h.sum() < 3, lambda h: h + x @ W, h), None
+
+
+@pytest.mark.parametrize("flags", [{}, {"chunk": 2}, SPLIT], ids=["auto", "chunk", "sequential"])
+@pytest.mark.parametrize("body", [printing, calling_back, elementwise, control_flow_alone])
+def test_plain_lax_scan_where_nothing_can_be_moved(body, flags):
+    assert the_scan(jaxrnn.scan, body, H, X, **flags) == the_scan(lax.scan, body, H, X)
+
+
+def test_method_lax_is_plain_lax_scan():
+    body = elman(W, U)
+    assert the_scan(jaxrnn.scan, body, H, X, method="lax") == the_scan(lax.scan, body, H, X)
+
+
+@pytest.mark.parametrize("flags", [{}, {"remat": True}], ids=["plain", "remat"])
+def test_effects_happen_once_per_step_in_order(flags, capfd):
+    results = jaxrnn.scan(printing, H, X, **flags)
+    jax.block_until_ready(results)
+    jax.effects_barrier()
+    assert capfd.readouterr().out.split() == [str(x) for x in X[:, 0, 0]]
+    assert_same(results, lax.scan(elman(W, U), H, X))
+
+
+def test_a_symbolic_time_axis():
+    t, b = export.symbolic_shape("t, b")
+    shapes = [jax.ShapeDtypeStruct(s, np.float32) for s in [(b, 4), (t, b, 2)]]
+
+    def run(h, x):
+        gradient = jax.grad(lambda h: jaxrnn.scan(elman(W, U), h, x, **SPLIT)[0].sum())(h)
+        return jaxrnn.scan(elman(W, U), h, x, reverse=True, remat=True), gradient
+
+    exported = export.export(jax.jit(run))(*shapes)
+    for time, batch in [(7, 3), (2, 1)]:
+        h, x = H[:batch], X[:time, :batch]
+        expected = lax.scan(elman(W, U), h, x, reverse=True)
+        gradient = jax.grad(lambda h, x=x: lax.scan(elman(W, U), h, x)[0].sum())(h)
+        assert_same(exported.call(h, x), (expected, gradient), scale=10)
+
+
+def test_a_symbolic_batch_is_taken_apart():
+    (b,) = export.symbolic_shape("b")
+    shapes = [jax.ShapeDtypeStruct(s, np.float32) for s in [(b, 4), (7, b, 2)]]
+
+    def run(h, x):
+        def loss(u):
+            return jaxrnn.scan(elman(W, u), h, x, chunk=3, **SPLIT)[0].sum()
+
+        return jax.value_and_grad(loss)(U)
+
+    exported = export.export(jax.jit(run))(*shapes)
+    for batch in (1, 3):
+        h, x = H[:batch], X[:, :batch]
+        loss = lambda u, h=h, x=x: lax.scan(elman(W, u), h, x)[0].sum()  # noqa: E731
+        assert_same(exported.call(h, x), jax.value_and_grad(loss)(U), scale=10)
+
+
+# Tracing.
+
+
+def test_the_number_of_traces_does_not_grow_with_time():
+    counts = []
+    for time in (7, 70, 700):
+        calls = []
+
+        def body(h, x, calls=calls):
+            calls.append(None)
+            return elman(W, U)(h, x)
+
+        x = np.ones((time, 3, 2), np.float32)
+        jax.make_jaxpr(jax.grad(lambda h, x=x, b=body: jaxrnn.scan(b, h, x, **SPLIT)[0].sum()))(H)
+        counts.append(len(calls))
+    assert len(set(counts)) == 1
+    assert counts[0] <= 3
+
+
+def test_a_second_eager_call_compiles_nothing():
+    events = []
+
+    def listen(event, _, **kwargs):
+        if "backend_compile" in event:
+            events.append(event)
+
+    body = elman(W, U)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for chunk in ("auto", 3):
+            jaxrnn.scan(body, H, X, chunk=chunk, **SPLIT)
+            events.clear()
+            jaxrnn.scan(body, H + 1, X * 2, chunk=chunk, **SPLIT)
+            assert not events
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_no_tracer_leaks():
+    def loss(u, remat):
+        h = jax.jit(lambda u: H @ u)(u)
+        return jaxrnn.scan(elman(W, u), h, X, chunk=3, remat=remat, **SPLIT)[1].sum()
+
+    with jax.checking_leaks():
+        for remat in (False, True):
+            jax.jit(jax.grad(functools.partial(loss, remat=remat)))(U)
+            jax.vmap(functools.partial(loss, remat=remat))(U[None])
+        jax.make_jaxpr(jax.hessian(functools.partial(loss, remat=False)))(U)
+
+
+def test_weights_are_not_baked_into_the_program():
+    """What a body closes over may be gigabytes; it stays an argument of the loop."""
+
+    def text(scan, **flags):
+        def run(u, x):
+            doubled = 2.0 * u
+            return scan(elman(W, doubled), H, x, **flags)
+
+        return jax.jit(run).lower(U, X).as_text()
+
+    def constants(text):
+        return sum(f"tensor<{shape}xf32>" in line and "dense<" in line
+                   for line in text.splitlines() for shape in ("4x4", "2x4"))  # fmt: skip
+
+    assert constants(text(jaxrnn.scan, **SPLIT)) <= constants(text(lax.scan)) + 1
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"chunk": 0}, "chunk is 0; expected"),
+        ({"chunk": -3}, "chunk is -3"),
+        ({"chunk": 2.0}, r"chunk is 2\.0"),
+        ({"chunk": True}, "chunk is True"),
+        ({"chunk": "big"}, "chunk is 'big'"),
+        ({"chunk": np.zeros(2)}, "chunk is array"),
+        ({"method": "bogus"}, "method is 'bogus'; expected one of 'auto'"),
+        ({"method": None}, "method is None"),
+        ({"remat": 1}, "remat is 1; expected True or False"),
+    ],
+)
+def test_options_that_do_not_exist(flags, message):
+    with pytest.raises(ValueError, match=message):
+        jaxrnn.scan(elman(W, U), H, X, **flags)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda scan: scan(elman(W, U), H, {"x": X, "mask": X[:5]}),
+        lambda scan: scan(elman(W, U), H, X, 5),
+        lambda scan: scan(elman(W, U), H),
+        lambda scan: scan(elman(W, U), H, 3.0),
+        lambda scan: scan(lambda h, x: ((h, h), x), H, X),
+        lambda scan: scan(lambda h, x: (h.astype(int), x @ W), H, X),
+        lambda scan: scan(lambda h, x: (h[:2], x @ W), H, X),
+        lambda scan: scan(lambda h, _: h @ U, H, X),
+        lambda scan: scan(lambda h, x: (h @ W, x), H, X),
+        lambda scan: scan("no function", H, X),
+        lambda scan: scan(elman(W, U), "no array", X),
+        lambda scan: scan(elman(W, U), H, X, unroll=0),
+        lambda scan: scan(elman(W, U), H, X, unroll=-1),
+    ],
+)
+def test_mistakes_read_as_they_do_with_lax_scan(call):
+    with pytest.raises(Exception) as expected:  # noqa: PT011
+        call(lax.scan)
+    with pytest.raises(expected.type) as actual:
+        call(functools.partial(jaxrnn.scan, **SPLIT))
+    assert str(actual.value).splitlines()[0] == str(expected.value).splitlines()[0]
