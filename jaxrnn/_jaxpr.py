@@ -83,6 +83,8 @@ def inline(program: Program, *args: Any) -> list[Any]:
     """
     env = dict(zip(program.invars, args, strict=True))
     for equation in program.equations:
+        if not equation.outvars:  # without effects it does nothing
+            continue
         values = [read(env, atom) for atom in equation.invars]
         if equation.primitive in _INLINED:
             closed = equation.params["jaxpr"]

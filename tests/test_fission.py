@@ -66,7 +66,6 @@ ONE_PRODUCT = [
     "integers_and_booleans",
     "layer_norm",
     "no_output",
-    "noise_by_key",
     "precisions",
     "swapped_each_step",
     "vectors",

@@ -238,15 +238,6 @@ def test_method_lax_is_plain_lax_scan():
     assert the_scan(jaxrnn.scan, body, H, X, method="lax") == the_scan(lax.scan, body, H, X)
 
 
-@pytest.mark.parametrize("flags", [{}, {"remat": True}], ids=["plain", "remat"])
-def test_effects_happen_once_per_step_in_order(flags, capfd):
-    results = jaxrnn.scan(printing, H, X, **flags)
-    jax.block_until_ready(results)
-    jax.effects_barrier()
-    assert capfd.readouterr().out.split() == [str(x) for x in X[:, 0, 0]]
-    assert_same(results, lax.scan(elman(W, U), H, X))
-
-
 def test_a_symbolic_time_axis():
     t, b = export.symbolic_shape("t, b")
     shapes = [jax.ShapeDtypeStruct(s, np.float32) for s in [(b, 4), (t, b, 2)]]
@@ -299,25 +290,6 @@ def test_the_number_of_traces_does_not_grow_with_time():
     assert counts[0] <= 3
 
 
-def test_a_second_eager_call_compiles_nothing():
-    events = []
-
-    def listen(event, _, **kwargs):
-        if "backend_compile" in event:
-            events.append(event)
-
-    body = elman(W, U)
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        for chunk in ("auto", 3):
-            jaxrnn.scan(body, H, X, chunk=chunk, **SPLIT)
-            events.clear()
-            jaxrnn.scan(body, H + 1, X * 2, chunk=chunk, **SPLIT)
-            assert not events
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-
-
 def test_no_tracer_leaks():
     def loss(u, remat):
         h = jax.jit(lambda u: H @ u)(u)
@@ -367,29 +339,3 @@ def test_weights_are_not_baked_into_the_program():
 def test_options_that_do_not_exist(flags, message):
     with pytest.raises(ValueError, match=message):
         jaxrnn.scan(elman(W, U), H, X, **flags)
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda scan: scan(elman(W, U), H, {"x": X, "mask": X[:5]}),
-        lambda scan: scan(elman(W, U), H, X, 5),
-        lambda scan: scan(elman(W, U), H),
-        lambda scan: scan(elman(W, U), H, 3.0),
-        lambda scan: scan(lambda h, x: ((h, h), x), H, X),
-        lambda scan: scan(lambda h, x: (h.astype(int), x @ W), H, X),
-        lambda scan: scan(lambda h, x: (h[:2], x @ W), H, X),
-        lambda scan: scan(lambda h, _: h @ U, H, X),
-        lambda scan: scan(lambda h, x: (h @ W, x), H, X),
-        lambda scan: scan("no function", H, X),
-        lambda scan: scan(elman(W, U), "no array", X),
-        lambda scan: scan(elman(W, U), H, X, unroll=0),
-        lambda scan: scan(elman(W, U), H, X, unroll=-1),
-    ],
-)
-def test_mistakes_read_as_they_do_with_lax_scan(call):
-    with pytest.raises(Exception) as expected:  # noqa: PT011
-        call(lax.scan)
-    with pytest.raises(expected.type) as actual:
-        call(functools.partial(jaxrnn.scan, **SPLIT))
-    assert str(actual.value).splitlines()[0] == str(expected.value).splitlines()[0]
