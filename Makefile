@@ -14,7 +14,7 @@ test: $(VENV)/.dev
 demo: $(VENV)/.examples
 	$(VENV)/bin/python examples/japanese_vowels.py
 
-examples: $(VENV)/.examples,peers
+examples: $(VENV)/.peers
 	$(VENV)/bin/python examples/run.py
 
 lint: $(VENV)/.dev
