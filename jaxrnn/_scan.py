@@ -71,7 +71,8 @@ def scan(
     """
     check_options(chunk, remat, method)
     time = _time(xs, length)
-    if time is None:  # symbolic, and then it cannot be unrolled in groups; or a user's mistake
+    if time is None or not callable(f):
+        # Symbolic, and then it cannot be unrolled in groups; or a mistake that it complains about.
         return lax.scan(f, init, xs, length, reverse)
     if time < 1 or (method == "lax" and not remat):
         return lax.scan(f, init, xs, length, reverse, unroll)
@@ -91,7 +92,8 @@ def scan(
     carry, ys = run_split(
         split.plan, split.consts, split.carry, jax.tree.leaves(xs), steps, block, remat
     )
-    return jax.tree.unflatten(split.traced.out_tree, [*carry, *ys])
+    carry_tree, ys_tree = split.traced.out_tree.children()
+    return jax.tree.unflatten(carry_tree, carry), jax.tree.unflatten(ys_tree, ys)
 
 
 def run_split(
@@ -148,6 +150,9 @@ def split_body(f: Body, init: PyTree, xs: PyTree, method: str) -> Split | None:
         carry = strong  # as `lax.scan` promotes them
         traced = trace(flat, *carry, *x)
 
+    results = traced.out_tree.children()
+    if len(results) != 2 or results[0] != carry_tree:
+        return None  # `lax.scan` says what is wrong
     program = traced.program
     before = map(kind, program.invars[len(traced.consts) :][: len(carry)])
     after = map(kind, program.outvars[: len(carry)])

@@ -140,37 +140,39 @@ def test_whatever_lax_scan_accepts(call):
 
 
 def test_without_jit():
+    x = X[:3]
     with jax.disable_jit():
-        actual, expected = both(elman(W, U), H, X, reverse=True)
-        gradient = jax.grad(lambda u: jaxrnn.scan(elman(W, u), H, X, chunk=3, **SPLIT)[0].sum())(U)
+        actual, expected = both(elman(W, U), H, x, reverse=True)
+        gradient = jax.grad(lambda u: jaxrnn.scan(elman(W, u), H, x, **SPLIT)[0].sum())(U)
     assert_same(actual, expected)
-    assert_same(gradient, jax.grad(lambda u: lax.scan(elman(W, u), H, X)[0].sum())(U), scale=10)
+    assert_same(gradient, jax.grad(lambda u: lax.scan(elman(W, u), H, x)[0].sum())(U), scale=10)
 
 
-@pytest.mark.parametrize("jit", [False, True])
-def test_double_precision(jit):
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_double_precision(dtype):
     """float64 throughout, and float32 inputs that meet a float64 state."""
     with jax.enable_x64(True):
-        w, u, h = W.astype(np.float64), U.astype(np.float64), H.astype(np.float64)
+        operands = [
+            W.astype(np.float64),
+            U.astype(np.float64),
+            H.astype(np.float64),
+            X.astype(dtype),
+        ]
 
         def run(scan, w, u, h, x, **flags):
             def body(h, x):
                 return elman(w, u)(h, x)[0], (x @ w.astype(x.dtype), h @ u)
 
-            def loss(*operands):
-                results = scan(body, operands[2], operands[3], **flags)
-                return scalar_of(results), results
+            results = scan(body, h, x, **flags)
+            return scalar_of(results), results
 
-            return jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True)(w, u, h, x)
+        def value_and_gradient(scan, **flags):
+            of = functools.partial(run, scan, **flags)
+            return compiled(jax.value_and_grad(of, (0, 1, 2, 3), has_aux=True))(*operands)
 
-        for x in (X.astype(np.float64), X):
-            flags = {"chunk": 4, **SPLIT}
-            ours = functools.partial(run, jaxrnn.scan, **flags)
-            theirs = functools.partial(run, lax.scan)
-            actual = (jax.jit(ours) if jit else ours)(w, u, h, x)
-            assert_same(actual, jax.jit(theirs)(w, u, h, x), scale=10)
-            if not jit:
-                break
+        actual = value_and_gradient(jaxrnn.scan, chunk=4, **SPLIT)
+        expected = value_and_gradient(lax.scan)
+        assert_same(actual, expected, compute_dtype=dtype, scale=10)
 
 
 @pytest.mark.parametrize("precision", ["highest", "bfloat16"])
@@ -238,6 +240,20 @@ def test_method_lax_is_plain_lax_scan():
     assert the_scan(jaxrnn.scan, body, H, X, method="lax") == the_scan(lax.scan, body, H, X)
 
 
+@pytest.mark.parametrize("flags", [{}, {"remat": True}], ids=["plain", "remat"])
+def test_effects_happen_once_per_step_in_order(flags, capfd):
+    def body(carry, x):
+        n, h = carry
+        jax.debug.print("step {}", n)
+        h, _ = elman(W, U)(h, x)
+        return (n + 1, h), h @ U
+
+    results = jaxrnn.scan(body, (0, H), X, **flags, **SPLIT)
+    jax.block_until_ready(results)
+    jax.effects_barrier()
+    assert capfd.readouterr().out.splitlines() == [f"step {n}" for n in range(len(X))]
+
+
 def test_a_symbolic_time_axis():
     t, b = export.symbolic_shape("t, b")
     shapes = [jax.ShapeDtypeStruct(s, np.float32) for s in [(b, 4), (t, b, 2)]]
@@ -297,9 +313,9 @@ def test_no_tracer_leaks():
 
     with jax.checking_leaks():
         for remat in (False, True):
-            jax.jit(jax.grad(functools.partial(loss, remat=remat)))(U)
-            jax.vmap(functools.partial(loss, remat=remat))(U[None])
-        jax.make_jaxpr(jax.hessian(functools.partial(loss, remat=False)))(U)
+            of = functools.partial(loss, remat=remat)
+            jax.make_jaxpr(jax.grad(of))(U)
+            jax.make_jaxpr(jax.vmap(jax.linearize(of, U)[1]))(U[None])
 
 
 def test_weights_are_not_baked_into_the_program():
@@ -339,3 +355,42 @@ def test_weights_are_not_baked_into_the_program():
 def test_options_that_do_not_exist(flags, message):
     with pytest.raises(ValueError, match=message):
         jaxrnn.scan(elman(W, U), H, X, **flags)
+
+
+def structures(states, *results):
+    """A body of products that returns what it likes."""
+
+    def body(carry, x):
+        h = jax.tree.leaves(carry)[0]
+        values = {"h": jnp.tanh(h @ U + x @ W), "y": h @ U, "c": h}
+        return jax.tree.map(values.get, results[0] if len(results) == 1 else results)
+
+    return lambda scan: scan(body, states, X)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda scan: scan(elman(W, U), H, {"x": X, "mask": X[:5]}),
+        lambda scan: scan(elman(W, U), H, X, 5),
+        lambda scan: scan(elman(W, U), H),
+        lambda scan: scan(elman(W, U), H, 3.0),
+        lambda scan: scan(lambda h, x: ((h @ U).astype(int), x @ W), H, X),
+        lambda scan: scan(lambda h, x: ((h @ U)[:2], x @ W), H, X),
+        lambda scan: scan(lambda h, x: (h @ U + jnp.ones((1, 1, 1)), x @ W), H, X),
+        lambda scan: scan("no function", H, X),
+        structures(H, "h"),
+        structures(H, "h", "y", "c"),
+        structures(H, ("h", "c"), "y"),
+        structures((H, H), ["h", "c"], "y"),
+        structures((H, H), ("h",), "y"),
+        structures({"a": H}, {"b": "h"}, "y"),
+        structures((H, None), ("h", "c"), "y"),
+    ],
+)
+def test_mistakes_read_as_they_do_with_lax_scan(call):
+    with pytest.raises((TypeError, ValueError)) as expected:
+        call(lax.scan)
+    with pytest.raises(expected.type) as actual:
+        call(functools.partial(jaxrnn.scan, **SPLIT))
+    assert str(actual.value).splitlines()[0] == str(expected.value).splitlines()[0]
