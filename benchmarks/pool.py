@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,10 @@ class WorkerError(RuntimeError):
 
 
 class Worker:
-    """A process that serves one library."""
+    """A process that serves one library, and stands still when it is not asked anything.
+
+    Idle threads would not be quite idle: PyTorch's spin for a while, waiting for more work.
+    """
 
     def __init__(self, library: str):
         """Starts the process; whether the library is there shows with the first request."""
@@ -40,6 +44,7 @@ class Worker:
             WorkerError: with the worker's own traceback, or its log if it died.
         """
         request = json.dumps({"do": do} | arguments)
+        self._process.send_signal(signal.SIGCONT)
         try:
             print(request, file=self._process.stdin, flush=True)
             line = self._process.stdout.readline()
@@ -52,6 +57,7 @@ class Worker:
                 f"benchmarks/requirements.txt installed? The end of its log:\n"
                 f"{self._log.read()[-2000:]}"
             )
+        self._process.send_signal(signal.SIGSTOP)
         reply = json.loads(line)
         if "error" in reply:
             raise WorkerError(f"{self.library} failed on {request}:\n{reply['error']}")
@@ -59,6 +65,7 @@ class Worker:
 
     def stop(self) -> None:
         """Ends the process."""
+        self._process.send_signal(signal.SIGCONT)
         with suppress(BrokenPipeError):
             self._process.stdin.close()
         try:

@@ -225,6 +225,11 @@ def is_linear(equation: Equation) -> bool:
     return equation.primitive in _LINEAR or equation.primitive is split_p()
 
 
+def slope_by_output(equation: Equation) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
+    """`(y, dx) -> dy` for a function whose derivative can be told from its result y alone."""
+    return _SLOPE_BY_OUTPUT.get(equation.primitive)
+
+
 @functools.cache
 def split_p() -> Any:
     """The primitive of `lax.split`, which `jax.extend` does not list."""
@@ -305,6 +310,11 @@ _ELEMENTWISE = frozenset(
         p.tanh_p,
     }
 )
+_SLOPE_BY_OUTPUT: dict[Any, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    p.exp_p: lambda y, dx: dx * y,
+    p.logistic_p: lambda y, dx: dx * y * (1 - y),
+    p.tanh_p: lambda y, dx: (dx + dx * y) * (1 - y),
+}
 _LINEAR = frozenset(
     {
         p.add_p,

@@ -7,9 +7,12 @@ transposition of this pass is the weight gradient, one contraction per block ins
 step. Nothing is transposed by hand; forward mode, reverse mode and higher orders follow.
 
 The tangent step is rematerialised. All that it needs is kept by the forward loop: the states, and
-the sums that products enter into (a nonlinear operation needs the sum, not its terms).
+the sums that products enter into (a nonlinear operation needs the sum, not its terms), or what a
+tanh or logistic function makes of such a sum, where this tells its derivative.
 """
 
+import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -33,6 +36,7 @@ from jaxrnn._jaxpr import (
     is_linear,
     is_random,
     read,
+    slope_by_output,
     trace,
     variables,
 )
@@ -221,9 +225,12 @@ def _kept(program: Program) -> list[Var]:
     """The variables of a step that its derivative must not have to compute again.
 
     A sum of products is needed only where something nonlinear reads it; through linear equations
-    the derivative passes without them. Of what is made from random bits, what meets the data is
-    kept: a dropout mask, not the bits.
+    the derivative passes without them. If that is one equation whose result tells its derivative,
+    the result is kept instead. Of what is made from random bits, what meets the data is kept: a
+    dropout mask, not the bits.
     """
+    readers = Counter(a for e in program.equations for a in variables(e.invars))
+    readers.update(variables(program.outvars))
     moving = _dependents(
         program, [v for v in program.invars if jnp.issubdtype(dtype(v), jnp.inexact)]
     )
@@ -238,20 +245,29 @@ def _kept(program: Program) -> list[Var]:
             costly |= set(equation.outvars)
             kept |= dict.fromkeys(v for v in read_here if v not in moving)
             continue
-        if is_moving:
+        if is_moving and slope_by_output(equation) and all(readers[v] == 1 for v in read_here):
+            kept |= dict.fromkeys(equation.outvars if read_here else ())
+        elif is_moving:
             kept |= dict.fromkeys(read_here)
     return list(kept)
 
 
-@jax.custom_jvp
-def _known(value: Array, _computed: Array) -> Array:
-    """`value`, with the derivative of `_computed`, which it equals."""
+Slope = Callable[[Array, Array], Array]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _known(slope: Slope, value: Array, _origin: Array) -> Array:
+    """`value`, whose derivative is `slope(value, derivative of _origin)`."""
     return value
 
 
 @_known.defjvp
-def _known_jvp(primals: Any, tangents: Any) -> Any:
-    return primals[0], tangents[1]
+def _known_jvp(slope: Slope, primals: Any, tangents: Any) -> Any:
+    return primals[0], slope(primals[0], tangents[1])
+
+
+def _as_it_is(_value: Array, tangent: Array) -> Array:
+    return tangent
 
 
 class _Tangent:
@@ -358,9 +374,13 @@ class _Tangent:
             env = {v: placed.get(i, inputs[i]) for i, v in enumerate(self.program.invars)}
             known = dict(zip(self.kept, values, strict=True))
             for equation in self.program.equations:
-                results = bind(equation, [read(env, a) for a in equation.invars])
-                for v, result in zip(equation.outvars, results, strict=True):
-                    env[v] = _known(known[v], result) if v in known else result
+                operands = [read(env, a) for a in equation.invars]
+                by_output = slope_by_output(equation) if equation.outvars[0] in known else None
+                slope, origins = (
+                    (by_output, operands) if by_output else (_as_it_is, bind(equation, operands))
+                )
+                for v, origin in zip(equation.outvars, origins, strict=True):
+                    env[v] = _known(slope, known[v], origin) if v in known else origin
             outs = [jnp.asarray(read(env, a)) for a in self.program.outvars]
             return [out for out in outs if _is_differentiable(out)]
 

@@ -279,11 +279,8 @@ def block_length(chunk: int | str | None, remat: bool, time: int, split: Split |
     per_step = sum(
         size_in_bytes(v) for s in split.plan.stages for v in variables(s.program.outvars)
     )
-    # Measured on a CPU: what fits into the last cache is best passed over once, without copies from
-    # block to block; of more, blocks that stay in the cache of a core.
-    if time * per_step <= 8 << 20:
-        return time
-    return _near_divisor(time, max(8, min(64, (2 << 20) // per_step)))
+    # Measured on a CPU: a block should stay in the cache of a core, and be no shorter than needed.
+    return _near_divisor(time, max(8, (2 << 20) // max(per_step, 1)))
 
 
 def _near_divisor(time: int, target: int) -> int:
