@@ -27,7 +27,8 @@ try:
     import keras
     from flax import nnx
 except ModuleNotFoundError as error:
-    sys.exit(f"FAIL  {error.name} is not installed: pip install 'jaxrnn[peers]'")
+    print(f"FAIL  {error.name} is not installed: pip install 'jaxrnn[peers]'")
+    sys.exit(1)
 
 TOLERANCE = 1e-5
 FEATURES = 5

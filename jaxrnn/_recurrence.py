@@ -40,6 +40,7 @@ from jaxrnn._jaxpr import (
     trace,
     variables,
 )
+from jaxrnn._passes import run_rows
 
 Array = jax.Array
 Env = dict[Atom, Any]
@@ -100,12 +101,9 @@ def run_block(
 
     for program, loop in plan.stages:
         if program.outvars:
-            axes = [None if times[v] == -1 else 0 for v in program.invars]
-            run: Callable[..., list[Array]] = program.run
-            if 0 in axes:
-                run = jax.vmap(run, in_axes=axes)
-            outs = wrap_pass(run)(*(env[v] for v in program.invars))
-            env |= zip(program.outvars, outs, strict=True)
+            in_time = [times[v] != -1 for v in program.invars]
+            run = wrap_pass(functools.partial(run_rows, program, in_time, steps.length))
+            env |= zip(program.outvars, run(*(env[v] for v in program.invars)), strict=True)
         if loop is not None:
             last, ys = run_loop(
                 loop,
@@ -256,8 +254,8 @@ Slope = Callable[[Array, Array], Array]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _known(slope: Slope, value: Array, _origin: Array) -> Array:
-    """`value`, whose derivative is `slope(value, derivative of _origin)`."""
+def _known(_slope: Slope, value: Array, _origin: Array) -> Array:
+    """`value`, whose derivative is `_slope(value, derivative of _origin)`."""
     return value
 
 

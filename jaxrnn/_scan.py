@@ -279,7 +279,9 @@ def block_length(chunk: int | str | None, remat: bool, time: int, split: Split |
     per_step = sum(
         size_in_bytes(v) for s in split.plan.stages for v in variables(s.program.outvars)
     )
-    # Measured on a CPU: a block should stay in the cache of a core, and be no shorter than needed.
+    # Measured on a CPU: a block should stay in the cache of a core, unless two would hold it all.
+    if time * per_step <= 4 << 20:
+        return time
     return _near_divisor(time, max(8, (2 << 20) // max(per_step, 1)))
 
 

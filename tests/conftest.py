@@ -2,6 +2,7 @@
 
 import hypothesis
 import jax
+import pytest
 
 # Has no effect on tests that use one device. Must come before the first JAX operation.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -9,3 +10,10 @@ jax.config.update("jax_num_cpu_devices", 8)
 # The same examples in every run: a failure is the code's doing and not the dice's.
 hypothesis.settings.register_profile("reproducible", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("reproducible")
+
+
+@pytest.fixture(autouse=True)
+def _one_device(request, monkeypatch):
+    """The engine decides as it does on one device, except in tests marked `several_devices`."""
+    if "several_devices" not in request.keywords:
+        monkeypatch.setattr(jax, "device_count", lambda: 1)

@@ -15,6 +15,8 @@ from structure import executed_collectives
 
 import jaxrnn
 
+pytestmark = pytest.mark.several_devices
+
 DEVICES, BATCH, TIME, FEATURES, UNITS = 8, 16, 256, 4, 8
 KINDS = "all-gather", "all-to-all", "collective-permute", "reduce-scatter"
 

@@ -22,6 +22,8 @@ import jaxrnn
 
 BATCH, TIME, FEATURES, UNITS = 3, 8, 5, 16
 SPLIT = {"method": "sequential", "chunk": 4}
+LOGISTIC = primitive_of(lax.logistic, 0.0)
+TANH = primitive_of(jnp.tanh, 0.0)
 
 
 def is_float(leaf):
@@ -135,6 +137,23 @@ def test_no_product_is_computed_twice(name):
     assert multiply_adds(gradient) <= multiply_adds(gradient_before)
 
 
+def test_weight_gradients_contract_over_one_axis():
+    """Time and batch as one: over two axes XLA transposes its operand first."""
+    _, gradient = programs("lstm_split", **SPLIT)
+    products = [equation for equation, _ in equations(gradient) if equation.primitive is DOT]
+    assert products
+    for equation in products:
+        (contracted, _), _ = equation.params["dimension_numbers"]
+        assert len(contracted) == 1
+
+
+def test_gates_are_not_computed_again_for_the_gradient():
+    """Their results tell their derivatives. The tanh of the cell state is no gate."""
+    forward, gradient = programs("lstm_split", **SPLIT)
+    assert (count(forward, LOGISTIC), count(forward, TANH)) == (3, 2)
+    assert (count(gradient, LOGISTIC), count(gradient, TANH)) == (3, 2 + 1)
+
+
 def test_rematerialisation_repeats_the_forward_pass_and_no_more():
     once, _ = programs("lstm_split", **SPLIT)
     _, gradient = programs("lstm_split", **SPLIT)
@@ -146,7 +165,7 @@ def test_a_readout_runs_once_per_block_over_all_its_steps():
     forward, gradient = programs("affine_with_readout", **SPLIT)
     for program in (forward, gradient):
         sizes = [e.outvars[0].aval.shape for e, _ in equations(program) if e.primitive is DOT]
-        assert (4, BATCH, 5) in sizes  # [block, batch, outputs]
+        assert (4 * BATCH, 5) in sizes  # [block and batch, outputs]
         assert (BATCH, 5) not in sizes
 
 

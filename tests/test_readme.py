@@ -10,7 +10,14 @@ README = ROOT / "README.md"
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]
 # A block of Python and, if one follows at once, the block of text that it prints.
 FENCE = re.compile(r"^```python\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", re.M | re.S)
-each_document = pytest.mark.parametrize("path", sorted(DOCUMENTS), ids=lambda path: path.name)
+each_document = pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[pytest.mark.several_devices] * (path.stem == "many-devices"))
+        for path in sorted(DOCUMENTS)
+    ],
+    ids=lambda path: path.name,
+)
 
 
 def python_blocks(path):

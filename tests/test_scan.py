@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from bodies import BODIES, TIME
-from helpers import assert_same
+from helpers import assert_same, compiled
 from jax import export, lax
 from structure import DOT, SCAN, equations
 
@@ -29,16 +29,6 @@ SETTINGS = {
     "remat_reverse": {"remat": True, "chunk": 5, "reverse": True},
     "unrolled": {"unroll": True, "chunk": 4},
 }
-
-
-# What is computed matters here, not how fast.
-compiled = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
 
 
 def is_float(leaf):

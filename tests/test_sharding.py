@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 import jaxrnn
 
+pytestmark = pytest.mark.several_devices
+
 DEVICES = 4
 MASK = np.array([[1, 0, 1, 1, 0, 1, 0], [0, 0, 1, 1, 1, 1, 1]] * 4, bool)
 CASE = CASES["readout"]

@@ -1,0 +1,78 @@
+"""A pass: a part of a step, run for all steps of a block at once."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrnn._jaxpr import Atom, Equation, Literal, Program, bind, dot_general_p, read, shape
+
+Array = jax.Array
+
+
+def run_rows(program: Program, has_rows: Sequence[bool], length: int, *args: Any) -> list[Array]:
+    """Runs `program` for many rows at once, like `jax.vmap`.
+
+    Args:
+        program: for one row.
+        has_rows: which of `args` have a row for each run; the others are the same in all.
+        length: the number of rows.
+        *args: the operands.
+
+    Returns:
+        The outputs, a row for each run.
+    """
+    env: dict[Atom, Any] = dict(zip(program.invars, args, strict=True))
+    rows = {v for v, yes in zip(program.invars, has_rows, strict=True) if yes}
+
+    def is_row(atom: Atom) -> bool:
+        return not isinstance(atom, Literal) and atom in rows
+
+    for equation in program.equations:
+        operands = [read(env, atom) for atom in equation.invars]
+        axes = [0 if is_row(atom) else None for atom in equation.invars]
+        if 0 not in axes:
+            outs = bind(equation, operands)
+        else:
+            rows |= set(equation.outvars)
+            product = _matrix_product(equation, axes, *operands)
+            outs = (
+                jax.vmap(functools.partial(bind, equation), in_axes=(axes,))(operands)
+                if product is None
+                else [product]
+            )
+        env |= zip(equation.outvars, outs, strict=True)
+    return [
+        env[v] if is_row(v) else jnp.broadcast_to(read(env, v), (length, *shape(v)))
+        for v in program.outvars
+    ]
+
+
+def _matrix_product(equation: Equation, axes: Sequence[int | None], *operands: Any) -> Any:
+    """A product of rows `[L, ..., K]` as one of a matrix, or None where it is no such product.
+
+    XLA transposes the gradient of a product with several axes of rows before it can sum over them
+    (about the weights' share in the time of a gradient); over one axis it need not. On more than
+    one device the axes may be split over them, and then cannot be merged.
+    """
+    if equation.primitive is not dot_general_p or axes != [0, None] or jax.device_count() > 1:
+        return None
+    lhs, rhs = operands
+    (contracted, over), batch = equation.params["dimension_numbers"]
+    free = lhs.ndim - len(contracted)
+    if batch != ((), ()) or tuple(contracted) != tuple(range(free - 1, lhs.ndim - 1)):
+        return None
+    numbers = ((tuple(range(1, lhs.ndim - free + 1)), over), batch)
+    params = equation.params | {"dimension_numbers": numbers}
+
+    # So that `lhs` is kept for the gradient, which others may keep as well, and not its reshaping.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def product(lhs: Array, rhs: Array) -> Array:
+        merged = lhs.reshape(math.prod(lhs.shape[:free]), *lhs.shape[free:])
+        out = equation.primitive.bind(merged, rhs, **params)
+        return out.reshape(*lhs.shape[:free], *out.shape[1:])
+
+    return product(lhs, rhs)
