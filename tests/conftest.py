@@ -1,5 +1,10 @@
 """Set-up for all tests: simulated devices and reproducible random programs."""
 
+import os
+
+# What is computed matters here, not how fast. Must come before JAX is imported.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
 import hypothesis
 import jax
 import pytest

@@ -3,7 +3,6 @@
 The table of cases is in `cases.py` and can be imported from here.
 """
 
-import functools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -27,7 +26,6 @@ __all__ = [
     "assert_identical",
     "assert_same",
     "cast_floats",
-    "compiled",
     "is_float",
     "numerical_gradient",
     "reference_rnn",
@@ -91,16 +89,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 The arrays of the cases are so small that the library would leave them to `lax.scan`: where the
 method is named, it is to take the loop apart nevertheless.
 """
-
-
-compiled = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
-"""`jax.jit` for where it matters what is computed and not how fast."""
 
 
 def valid_steps(batch: int, time: int, mask=None, input_length=None) -> np.ndarray:

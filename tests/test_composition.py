@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_same, cast_floats, compiled, reference_rnn, scalar_of
+from helpers import assert_same, cast_floats, reference_rnn, scalar_of
 from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -125,8 +125,8 @@ def test_vmap_over_parameters(form):
     def of_params(call):
         return lambda params: value_and_gradient(call)(shared._replace(params=params))
 
-    actual = compiled(jax.vmap(of_params(ours(form))))(stack(members))
-    expected = [compiled(of_params(theirs(form)))(params) for params in members]
+    actual = jax.jit(jax.vmap(of_params(ours(form))))(stack(members))
+    expected = [jax.jit(of_params(theirs(form)))(params) for params in members]
     assert_same(actual, stack(expected), scale=10)
 
 
@@ -140,7 +140,7 @@ def test_vmap_over_inputs_and_patterns(form):
     def call(inputs, patterns):
         return ours(form)(shared._replace(inputs=inputs), **patterns)
 
-    actual = compiled(jax.vmap(call))(np.stack([one.inputs for one in several]), stack(each))
+    actual = jax.jit(jax.vmap(call))(np.stack([one.inputs for one in several]), stack(each))
     expected = [
         plain_numpy(form, shared._replace(inputs=one.inputs), **patterns)
         for one, patterns in zip(several, each, strict=True)
@@ -187,8 +187,8 @@ def scan_of_rnn(call):
     "transformation", [value_and_gradient, jvp, jacfwd_over_grad, checkpoint, scan_of_rnn]
 )
 def test_derivatives(transformation, form):
-    actual = compiled(transformation(ours(form)))(operands())
-    expected = compiled(transformation(theirs(form)))(operands())
+    actual = jax.jit(transformation(ours(form)))(operands())
+    expected = jax.jit(transformation(theirs(form)))(operands())
     assert_same(actual, expected, scale=10)
 
 
@@ -202,8 +202,8 @@ def test_a_step_with_a_custom_vjp(form):
 
     surrogate.defvjp(lambda z: (jnp.tanh(z), z), lambda z, g: (g / (1 + jnp.abs(z)),))
     make = functools.partial(make_step, jnp, activate=surrogate)
-    actual = compiled(value_and_gradient(ours(form, make)))(operands())
-    expected = compiled(value_and_gradient(theirs(form, make)))(operands())
+    actual = jax.jit(value_and_gradient(ours(form, make)))(operands())
+    expected = jax.jit(value_and_gradient(theirs(form, make)))(operands())
     assert_same(actual, expected, scale=10)
 
 
@@ -226,8 +226,8 @@ def test_rnn_inside_rnn(form):
 
     loop = functools.partial(reference_rnn, xp=jnp)
     inside, outside = nested(jaxrnn.rnn, ENGINE | FORMS[form]), nested(loop, FORMS[form])
-    actual = compiled(value_and_gradient(ours(form, inside)))(operands())
-    expected = compiled(value_and_gradient(theirs(form, outside)))(operands())
+    actual = jax.jit(value_and_gradient(ours(form, inside)))(operands())
+    expected = jax.jit(value_and_gradient(theirs(form, outside)))(operands())
     assert_same(actual, expected, scale=10)
 
 
@@ -257,7 +257,7 @@ def test_sharded_jit(form):
     (_, results), gradient = jax.jit(value_and_gradient(ours(form)))(placed)
     for leaf in jax.tree.leaves(results):
         assert leaf.sharding.is_equivalent_to(by_batch, leaf.ndim)
-    expected = compiled(value_and_gradient(theirs(form)))(operands())
+    expected = jax.jit(value_and_gradient(theirs(form)))(operands())
     assert_same((results, gradient), (expected[0][1], expected[1]), scale=10)
 
 
@@ -284,16 +284,16 @@ def test_export_with_symbolic_batch_and_time(form):
 def test_double_precision(form):
     with jax.enable_x64(True):
         o = cast_floats(operands(), np.float64)
-        actual = compiled(value_and_gradient(ours(form)))(o)
-        assert_same(actual, compiled(value_and_gradient(theirs(form)))(o), scale=10)
+        actual = jax.jit(value_and_gradient(ours(form)))(o)
+        assert_same(actual, jax.jit(value_and_gradient(theirs(form)))(o), scale=10)
         assert_same(actual[0][1], plain_numpy(form, o))
 
 
 @each_form
 def test_bfloat16(form):
     o = cast_floats(operands(), jnp.bfloat16)
-    actual = compiled(value_and_gradient(ours(form)))(o)
-    (_, expected), gradient = compiled(value_and_gradient(theirs(form)))(cast_floats(o, np.float32))
+    actual = jax.jit(value_and_gradient(ours(form)))(o)
+    (_, expected), gradient = jax.jit(value_and_gradient(theirs(form)))(cast_floats(o, np.float32))
     rounded = cast_floats((expected, gradient), jnp.bfloat16)
     assert_same((actual[0][1], actual[1]), rounded, scale=2)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from bodies import spike, straight_through
-from helpers import assert_same, compiled
+from helpers import assert_same
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.test_util import check_grads
@@ -77,8 +77,8 @@ def directions(arguments, seed=9):
 
 def assert_agree(function, *arguments, scale=10.0):
     """`function(scan, *arguments)` is the same for the engine and `lax.scan`."""
-    ours = compiled(functools.partial(function, ENGINE))(*arguments)
-    theirs = compiled(functools.partial(function, lax.scan))(*arguments)
+    ours = jax.jit(functools.partial(function, ENGINE))(*arguments)
+    theirs = jax.jit(functools.partial(function, lax.scan))(*arguments)
     assert_same(ours, theirs, scale=scale)
 
 
@@ -239,9 +239,7 @@ def test_derivatives_agree_with_differences():
     """No reference but the function itself, in float64."""
     with jax.enable_x64(True):
         arguments = jax.tree.map(lambda a: a.astype(jnp.float64), floats())
-        check_grads(
-            functools.partial(loss, ENGINE), arguments, order=2, atol=1e-5, rtol=1e-5
-        )
+        check_grads(functools.partial(loss, ENGINE), arguments, order=2, atol=1e-5, rtol=1e-5)
 
 
 # vmap.

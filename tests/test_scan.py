@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from bodies import BODIES, TIME
-from helpers import assert_same, compiled
+from helpers import assert_same
 from jax import export, lax
 from structure import DOT, SCAN, equations
 
@@ -57,8 +57,8 @@ def value_and_gradient(case, scan, time, **flags):
 
     floats = list(filter(is_float, leaves))
     if not case.reverse_mode:
-        return compiled(run)(*floats)
-    return compiled(jax.value_and_grad(run, tuple(range(len(floats))), has_aux=True))(*floats)
+        return jax.jit(run)(*floats)
+    return jax.jit(jax.value_and_grad(run, tuple(range(len(floats))), has_aux=True))(*floats)
 
 
 def check(name, setting, time=TIME):
@@ -158,7 +158,7 @@ def test_double_precision(dtype):
 
         def value_and_gradient(scan, **flags):
             of = functools.partial(run, scan, **flags)
-            return compiled(jax.value_and_grad(of, (0, 1, 2, 3), has_aux=True))(*operands)
+            return jax.jit(jax.value_and_grad(of, (0, 1, 2, 3), has_aux=True))(*operands)
 
         actual = value_and_gradient(jaxrnn.scan, chunk=4, **SPLIT)
         expected = value_and_gradient(lax.scan)
