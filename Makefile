@@ -1,8 +1,10 @@
 # Every target sets itself up with pip. All that has to be there is Python, 3.11 or newer.
 PYTHON ?= python3
 VENV ?= .venv
-# The peers live apart from the library; BENCH=--quick takes under five minutes.
+# The peers live apart from the library and its tests. BENCH=--quick takes under five minutes;
+# EXAMPLES may name some of them, and takes --short.
 BENCH ?=
+EXAMPLES ?=
 PIP_INSTALL = -m pip --disable-pip-version-check --quiet install
 
 .PHONY: test demo examples lint bench clean
@@ -14,8 +16,8 @@ test: $(VENV)/.dev
 demo: $(VENV)/.examples
 	$(VENV)/bin/python examples/japanese_vowels.py
 
-examples: $(VENV)/.peers
-	$(VENV)/bin/python examples/run.py
+examples: .venv-examples/.peers
+	.venv-examples/bin/python examples/run.py $(EXAMPLES)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/python -m ruff check .
@@ -31,10 +33,17 @@ clean:
 	rm -rf .venv* dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # One stamp per set of extras, so that a second call installs nothing.
-$(VENV)/.%: pyproject.toml | $(VENV)/bin/pip
-	@echo "installing jaxrnn[$*] into $(VENV)"
-	@$(VENV)/bin/python $(PIP_INSTALL) -e '.[$*]'
+define install_extras
+	@echo "installing jaxrnn[$*] into $(@D)"
+	@$(@D)/bin/python $(PIP_INSTALL) -e '.[$*]'
 	@touch $@
+endef
+
+$(VENV)/.%: pyproject.toml | $(VENV)/bin/pip
+	$(install_extras)
+
+.venv-examples/.%: pyproject.toml | .venv-examples/bin/pip
+	$(install_extras)
 
 .venv-bench/.stamp: benchmarks/requirements.txt pyproject.toml | .venv-bench/bin/pip
 	@echo "installing the peers into .venv-bench"

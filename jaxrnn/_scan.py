@@ -279,10 +279,11 @@ def block_length(chunk: int | str | None, remat: bool, time: int, split: Split |
     per_step = sum(
         size_in_bytes(v) for s in split.plan.stages for v in variables(s.program.outvars)
     )
+    per_step //= jax.device_count()  # as if split over all, and each block costs a reduction
     # Measured on a CPU: a block should stay in the cache of a core, unless two would hold it all.
     if time * per_step <= 4 << 20:
         return time
-    return _near_divisor(time, max(8, (2 << 20) // max(per_step, 1)))
+    return _near_divisor(time, max(8, (2 << 20) // per_step))
 
 
 def _near_divisor(time: int, target: int) -> int:

@@ -34,8 +34,8 @@ class Program(NamedTuple):
 def draw_program(seed: int) -> Program:
     """Shapes, the way in which every state is made, nesting, containers and flags by chance."""
     rng = np.random.default_rng(seed)
-    batch, time = int(rng.integers(1, 5)), int(rng.integers(1, 10))
-    features, *units = (int(n) for n in rng.integers(1, 6, size=1 + rng.integers(1, 4)))
+    batch, time = int(rng.integers(1, 4)), int(rng.integers(1, 8))
+    features, *units = (int(n) for n in rng.integers(1, 6, size=1 + rng.integers(1, 3)))
     kinds = [rng.choice(["elman", "gated", "concatenating", "affine", "nested"]) for _ in units]
     output = rng.choice(["state", "readout", "tree", "with_input"])
     counts = bool(rng.random() < 0.3)
@@ -129,7 +129,7 @@ def draw_program(seed: int) -> Program:
 
 @pytest.mark.parametrize("first", range(0, PROGRAMS, PER_TEST))
 def test_random_programs_equal_the_plain_loop(first):
-    """Values of all programs; of every fifth the gradient by everything, too."""
+    """Values of all programs; of every tenth the gradient by everything, too."""
     for seed in range(first, first + PER_TEST):
         print(f"seed {seed}")
         program = draw_program(seed)
@@ -141,7 +141,7 @@ def test_random_programs_equal_the_plain_loop(first):
         operands = program.params, program.inputs, program.states
         ours = functools.partial(call, jaxrnn.rnn, jnp)
         assert_same(jax.jit(ours)(operands), call(reference_rnn, np, operands))
-        if seed % 5 == 0:
+        if seed % 10 == 0:
             loop = functools.partial(call, functools.partial(reference_rnn, xp=jnp), jnp)
             actual, expected = (
                 jax.jit(jax.grad(lambda o, f=f: scalar_of(f(o)), allow_int=True))(operands)

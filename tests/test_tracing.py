@@ -1,6 +1,7 @@
 """The step is traced a few times at most, and not at all when the same call comes again."""
 
 import gc
+import tracemalloc
 import weakref
 
 import chex
@@ -111,6 +112,52 @@ def test_a_training_step_traces_once():
     params = case.arguments().params
     for seed in range(3):
         params = update(params, case.arguments(seed=seed))
+
+
+@pytest.mark.parametrize("jit", [True, False])
+def test_memory_is_flat_over_500_training_steps(jit):
+    """Arrays alive on the device, and what Python holds.
+
+    Outside `jit`, `rnn` has a cache of its own; a gradient traces anew each time there and is slow,
+    so that only results are computed.
+    """
+    case = CASES["lstm"]
+    several = [case.arguments(seed=seed) for seed in range(4)]
+    step = case.make_step(jnp, several[0].params)
+
+    @jax.jit
+    def update(params, arguments):
+        def loss(params):
+            moved = arguments._replace(params=params)
+            return case.call(jaxrnn.rnn, jnp, moved, mask=GAPS, method="sequential")[0].sum()
+
+        return jax.tree.map(lambda p, g: p - 0.01 * g, params, jax.grad(loss)(params))
+
+    def train(params, count):
+        for n in range(count):
+            arguments = several[n % len(several)]
+            if jit:
+                params = update(params, arguments)
+            else:
+                _, inputs, states, _ = arguments
+                jax.block_until_ready(jaxrnn.rnn(step, inputs, states, mask=GAPS))
+        return jax.block_until_ready(params)
+
+    def in_use():
+        gc.collect()
+        return sum(leaf.nbytes for leaf in jax.live_arrays()), tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        params = train(several[0].params, 100)
+        device_before, python_before = in_use()
+        params = train(params, 400)
+        device_after, python_after = in_use()
+    finally:
+        tracemalloc.stop()
+    assert device_after == device_before
+    # A hundred bytes per step would be seen; an odd cache entry is not.
+    assert python_after - python_before < 100 * 400
 
 
 def test_a_step_and_what_it_closes_over_are_freed():
