@@ -54,9 +54,9 @@ def run_rows(program: Program, has_rows: Sequence[bool], length: int, *args: Any
 def _matrix_product(equation: Equation, axes: Sequence[int | None], *operands: Any) -> Any:
     """A product of rows `[L, ..., K]` as one of a matrix, or None where it is no such product.
 
-    XLA transposes the gradient of a product with several axes of rows before it can sum over them
-    (about the weights' share in the time of a gradient); over one axis it need not. On more than
-    one device the axes may be split over them, and then cannot be merged.
+    In the gradient of the matrix all rows are summed over. With several axes of rows XLA first
+    transposes an operand, which can take as long as the product; with one axis it need not. On more
+    than one device the axes may be split over them, and then cannot be merged.
     """
     if equation.primitive is not dot_general_p or axes != [0, None] or jax.device_count() > 1:
         return None
