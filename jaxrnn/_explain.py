@@ -13,7 +13,7 @@ from jaxrnn._arguments import Step
 from jaxrnn._fission import Plan
 from jaxrnn._jaxpr import Equation, Program
 from jaxrnn._recurrence import Steps
-from jaxrnn._scan import Split, block_length, run_split, split_body
+from jaxrnn._scan import Split, block_length, only_for_gradients, run_split, split_body
 
 Array = jax.Array
 PyTree = Any
@@ -77,6 +77,8 @@ def _report(
     block = block_length(chunk, remat, time, split)
     kept = " (rematerialised)" if remat else ""
     lines = [f'method "sequential" over {time} steps, in blocks of {block}{kept}']
+    if only_for_gradients(split.plan, chunk, remat, method):
+        lines.append("for gradients; results alone come from plain lax.scan, just as soon")
     lines += _section("once, from parameters alone", split.plan.invariant)
     for i, stage in enumerate(split.plan.stages):
         when = "prologue" if i == 0 else "epilogue" if stage.loop is None else "between loops"

@@ -99,6 +99,15 @@ def inline(program: Program, *args: Any) -> list[Any]:
     return [read(env, atom) for atom in program.outvars]
 
 
+def dependents(program: Program, sources: Sequence[Var]) -> set[Var]:
+    """The variables of `program` that depend on `sources`, these among them."""
+    found = set(sources)
+    for equation in program.equations:
+        if any(not isinstance(a, Literal) and a in found for a in equation.invars):
+            found |= set(equation.outvars)
+    return found
+
+
 def read(env: Mapping[Any, Any], atom: Atom) -> Any:
     """The value of an atom: a literal's own, a variable's in `env`."""
     return atom.val if isinstance(atom, Literal) else env[atom]

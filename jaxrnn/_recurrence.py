@@ -30,6 +30,7 @@ from jaxrnn._jaxpr import (
     Program,
     Var,
     bind,
+    dependents,
     dtype,
     hides_product,
     is_heavy,
@@ -138,7 +139,7 @@ def run_loop(
     Not if a product is out of sight, in an inner loop, say: it would only be computed again.
     """
     if any(map(hides_product, loop.program.equations)):
-        return _plain_loop(loop.program, consts, carry, xs, steps)
+        return run_plain(loop.program, consts, carry, xs, steps)
     return run_recurrence(loop.program, consts, carry, xs, steps)
 
 
@@ -167,7 +168,7 @@ def run_recurrence(
     def recurrence(
         consts: list[Array], carry: list[Array], xs: list[Array]
     ) -> tuple[list[Array], list[Array]]:
-        return _plain_loop(program, consts, carry, xs, steps)
+        return run_plain(program, consts, carry, xs, steps)
 
     def rule(primals: Any, tangents: Any) -> Any:
         kept = _kept(program)
@@ -183,13 +184,15 @@ def run_recurrence(
     return recurrence(list(consts), list(carry), list(xs))
 
 
-def _plain_loop(
+def run_plain(
     program: Program,
     consts: Sequence[Array],
     carry: Sequence[Array],
     xs: Sequence[Array],
     steps: Steps,
 ) -> tuple[list[Array], list[Array]]:
+    """`lax.scan` over `program`; arguments and results as in `run_recurrence`."""
+
     def step(carry: list[Array], x: list[Array]) -> tuple[list[Array], list[Array]]:
         outs = program.run(*consts, *carry, *x)
         return outs[: len(carry)], outs[len(carry) :]
@@ -229,24 +232,23 @@ def _kept(program: Program) -> list[Var]:
     """
     readers = Counter(a for e in program.equations for a in variables(e.invars))
     readers.update(variables(program.outvars))
-    moving = _dependents(
+    moving = dependents(
         program, [v for v in program.invars if jnp.issubdtype(dtype(v), jnp.inexact)]
     )
     costly: set[Var] = set()
     kept: dict[Var, None] = {}
     for equation in program.equations:
         read_here = [v for v in variables(equation.invars) if v in costly]
-        is_moving = equation.outvars[0] in moving
-        if is_heavy(equation) or is_random(equation) or (read_here and not is_moving):
+        moves = equation.outvars[0] in moving
+        if is_heavy(equation) or is_random(equation) or (read_here and not moves):
             costly |= set(equation.outvars)
         elif read_here and is_linear(equation):
             costly |= set(equation.outvars)
             kept |= dict.fromkeys(v for v in read_here if v not in moving)
             continue
-        if is_moving and slope_by_output(equation) and all(readers[v] == 1 for v in read_here):
-            kept |= dict.fromkeys(equation.outvars if read_here else ())
-        elif is_moving:
-            kept |= dict.fromkeys(read_here)
+        if moves and read_here:
+            by_output = slope_by_output(equation) and all(readers[v] == 1 for v in read_here)
+            kept |= dict.fromkeys(equation.outvars if by_output else read_here)
     return list(kept)
 
 
@@ -286,12 +288,12 @@ class _Tangent:
         self.program, self.kept = program, kept
         self.consts = list(consts)
         self.rows = [list(xs), list(states), list(values)]
-        self.moving_consts = [i for i, t in enumerate(t_consts) if _is_moving(t)]
+        self.moving_consts = [i for i, t in enumerate(t_consts) if is_moving(t)]
         self.moving_carry = [i for i, c in enumerate(carry) if _is_differentiable(c)]
-        self.moving_xs = [i for i, t in enumerate(t_xs) if _is_moving(t)]
+        self.moving_xs = [i for i, t in enumerate(t_xs) if is_moving(t)]
         self.t_consts = [t_consts[i] for i in self.moving_consts]
         self.t_carry = [
-            t_carry[i] if _is_moving(t_carry[i]) else jnp.zeros_like(carry[i])
+            t_carry[i] if is_moving(t_carry[i]) else jnp.zeros_like(carry[i])
             for i in self.moving_carry
         ]
         self.t_xs = [t_xs[i] for i in self.moving_xs]
@@ -311,7 +313,7 @@ class _Tangent:
         moving = body.program.invars[end - len(self.t_consts) : end]
         plan = fission(body.program, end, len(self.t_carry), frozenset(moving))
         linear = frozenset(
-            _dependents(
+            dependents(
                 body.program,
                 body.program.invars[end - len(self.t_consts) :][
                     : len(self.t_consts) + len(self.t_carry) + len(self.t_xs)
@@ -386,14 +388,6 @@ class _Tangent:
         return jax.jvp(outputs, primals, [*t_consts, *t_carry, *t_xs])[1]
 
 
-def _is_moving(tangent: Any) -> bool:
+def is_moving(tangent: Any) -> bool:
+    """Whether a tangent, as a rule with symbolic zeros gets it, is more than a zero."""
     return not isinstance(tangent, SymbolicZero) and tangent.dtype != jax.dtypes.float0
-
-
-def _dependents(program: Program, sources: Sequence[Var]) -> set[Var]:
-    """The variables of `program` that depend on `sources`, these among them."""
-    found = set(sources)
-    for equation in program.equations:
-        if any(not isinstance(a, Literal) and a in found for a in equation.invars):
-            found |= set(equation.outvars)
-    return found

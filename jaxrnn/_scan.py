@@ -12,18 +12,25 @@ from jaxrnn._algebra import simplify
 from jaxrnn._fission import Plan, fission
 from jaxrnn._jaxpr import (
     Traced,
-    dot_general_p,
     dtype,
     is_heavy,
     is_movable,
     is_weak,
     kind,
     multiply_adds,
+    shape,
     size_in_bytes,
     trace,
     variables,
 )
-from jaxrnn._recurrence import Steps, run_block, run_invariant, run_loop
+from jaxrnn._recurrence import (
+    Steps,
+    is_moving,
+    run_block,
+    run_invariant,
+    run_loop,
+    run_plain,
+)
 
 Array = jax.Array
 PyTree = Any
@@ -89,9 +96,11 @@ def scan(
         return over_blocks(run_plainly, init, xs, Steps(time, reverse, unroll), block, remat)
 
     steps = Steps(time, reverse, unroll)
-    carry, ys = run_split(
-        split.plan, split.consts, split.carry, jax.tree.leaves(xs), steps, block, remat
-    )
+    rows = jax.tree.leaves(xs)
+    if only_for_gradients(split.plan, chunk, remat, method):
+        carry, ys = _run_for_gradients(split, rows, steps, block)
+    else:
+        carry, ys = run_split(split.plan, split.consts, split.carry, rows, steps, block, remat)
     carry_tree, ys_tree = split.traced.out_tree.children()
     return jax.tree.unflatten(carry_tree, carry), jax.tree.unflatten(ys_tree, ys)
 
@@ -124,6 +133,35 @@ class Split(NamedTuple):
     consts: tuple[Any, ...]
     carry: list[Any]
     traced: Traced
+
+
+def _run_for_gradients(
+    split: Split, xs: list[Array], steps: Steps, block: int
+) -> tuple[list[Array], list[Array]]:
+    """`lax.scan` over the body as it was, and `run_split` as soon as a derivative is taken."""
+
+    @jax.custom_jvp
+    def run(
+        consts: list[Any], carry: list[Array], xs: list[Array]
+    ) -> tuple[list[Array], list[Array]]:
+        before = consts[len(consts) - len(split.traced.consts) :]
+        return run_plain(split.traced.program, before, carry, xs, steps)
+
+    def rule(primals: Any, tangents: Any) -> Any:
+        values, tree = jax.tree.flatten(primals)
+        slopes = jax.tree.leaves(tangents)
+        moving = [i for i, slope in enumerate(slopes) if is_moving(slope)]
+
+        def of(*moved: Array) -> tuple[list[Array], list[Array]]:
+            given = dict(zip(moving, moved, strict=True))
+            placed = [given.get(i, value) for i, value in enumerate(values)]
+            consts, carry, xs = jax.tree.unflatten(tree, placed)
+            return run_split(split.plan, consts, carry, xs, steps, block, False)
+
+        return jax.jvp(of, [values[i] for i in moving], [slopes[i] for i in moving])
+
+    run.defjvp(rule, symbolic_zeros=True)
+    return run(list(split.consts), list(split.carry), xs)
 
 
 def split_body(f: Body, init: PyTree, xs: PyTree, method: str) -> Split | None:
@@ -171,20 +209,27 @@ def split_body(f: Body, init: PyTree, xs: PyTree, method: str) -> Split | None:
 def _is_worthwhile(plan: Plan) -> bool:
     """Whether what can be moved is enough to pay for the passes over blocks.
 
-    Measured on a CPU: a GRU of 4 units lost, one of 16 did not. A batch much larger than the
-    matrices that it meets lost too (64 samples, 32 units), because the elementwise work, part of
-    which is done again for the gradient, outweighs the products; on several devices this is still
-    worth it, for the collectives that leave the loop.
+    Measured on a CPU: a GRU of 4 units lost, one of 16 did not.
     """
     heavy = [e for e in plan.body.equations if is_heavy(e) and is_movable(e)]
-    products = [e for e in heavy if e.primitive is dot_general_p]
-    if len(products) < len(heavy):
-        return True
-    operands = [v for e in products for v in variables(e.invars)]
-    matrices = sum(size_in_bytes(v) for v in operands if plan.times[v] == -1)
-    rows = sum(size_in_bytes(v) for e in products for v in e.outvars)
-    large = sum(map(multiply_adds, products)) >= 2048
-    return large and (4 * matrices >= 3 * rows or jax.device_count() > 1)
+    products = list(filter(multiply_adds, heavy))
+    return len(products) < len(heavy) or sum(map(multiply_adds, products)) >= 2048
+
+
+def only_for_gradients(plan: Plan, chunk: Any, remat: bool, method: str) -> bool:
+    """Whether plain `lax.scan` has the results just as soon, and only a gradient gains.
+
+    Measured on a CPU: a product of 128 rows is as fast in a loop as outside of one.
+    """
+    if remat or chunk != "auto" or method != "auto":
+        return False
+    for equation in filter(is_movable, filter(is_heavy, plan.body.equations)):
+        fixed = [v for v in variables(equation.invars) if plan.times[v] == -1]
+        if not multiply_adds(equation):
+            return False
+        if fixed and multiply_adds(equation) < 128 * math.prod(shape(fixed[0])):
+            return False
+    return True
 
 
 def over_blocks(

@@ -1,11 +1,13 @@
 """What is left in the loop, counted in the jaxpr: the whole point of taking bodies apart."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from bodies import BODIES
-from helpers import CASES
+from helpers import CASES, assert_same
 from jax import lax
 from structure import (
     DOT,
@@ -263,3 +265,36 @@ def test_blocks_cover_time_with_a_shorter_one_last():
     assert lengths(4, 8) == [(1, 2), (2, 4)]
     assert lengths(4, 11) == [(1, 2), (2, 4), (1, 3)]
     assert lengths(None, 11) == lengths(11, 11) == lengths(99, 11) == [(1, 11)]
+
+
+def test_results_of_many_rows_come_from_the_plain_loop_and_gradients_do_not():
+    """128 rows make a product as fast inside a loop as outside of it."""
+    rng = np.random.default_rng(0)
+    w, u, x = (
+        np.asarray(0.1 * rng.standard_normal(s), np.float32)
+        for s in [(FEATURES, 256), (256, 256), (TIME, 128, FEATURES)]
+    )
+
+    def run(scan, w, u, x):
+        def body(h, x):
+            h = jnp.tanh(x @ w + h @ u)
+            return h, h
+
+        return scan(body, jnp.zeros((x.shape[1], 256)), x)
+
+    def gradient(scan, *operands):
+        return jax.grad(lambda *o: total(run(scan, *o)), (0, 1, 2))(*operands)
+
+    def jaxpr(function, scan, rows=128):
+        return jax.make_jaxpr(functools.partial(function, scan))(w, u, x[:, :rows])
+
+    plain, ours = jaxpr(run, lax.scan), jaxpr(run, jaxrnn.scan)
+    assert products_in_innermost_loops(ours) == products_in_innermost_loops(plain) == [2]
+    assert products_in_innermost_loops(jaxpr(run, jaxrnn.scan, rows=32)) == [1]
+    assert products_in_innermost_loops(jaxpr(gradient, jaxrnn.scan)) == [1, 1]
+    for function in (run, gradient):
+        assert_same(
+            jax.jit(functools.partial(function, jaxrnn.scan))(w, u, x),
+            jax.jit(functools.partial(function, lax.scan))(w, u, x),
+            scale=10,
+        )
