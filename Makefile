@@ -11,7 +11,7 @@ PIP_INSTALL = -m pip --disable-pip-version-check --quiet install
 .DEFAULT_GOAL := test
 
 test: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest -n auto
+	$(VENV)/bin/python -m pytest -n auto --dist worksteal
 
 demo: $(VENV)/.examples
 	$(VENV)/bin/python examples/japanese_vowels.py
