@@ -12,7 +12,7 @@ from jaxrnn import _jaxpr, _rnn
 from jaxrnn._arguments import Step
 from jaxrnn._fission import Plan
 from jaxrnn._jaxpr import Equation, Program
-from jaxrnn._recurrence import Steps
+from jaxrnn._recurrence import Steps, run_plain
 from jaxrnn._scan import Split, block_length, only_for_gradients, run_split, split_body
 
 Array = jax.Array
@@ -131,11 +131,7 @@ def _kept_bytes(split: Split, xs: PyTree, steps: Steps, block: int, remat: bool)
         return run_split(split.plan, consts, carry, rows, steps, block, remat)
 
     def theirs(consts: Sequence[Array], carry: list[Array], rows: list[Array]) -> PyTree:
-        def body(carry: list[Array], row: list[Array]) -> PyTree:
-            outs = split.traced.program.run(*consts, *carry, *row)
-            return outs[: len(carry)], outs[len(carry) :]
-
-        return lax.scan(body, carry, rows, *steps)
+        return run_plain(split.traced.program, consts, carry, rows, steps)
 
     return (
         _residual_bytes(ours, split.consts, carry, rows),

@@ -29,6 +29,7 @@ from jaxrnn._jaxpr import (
     Literal,
     Program,
     Var,
+    dependents,
     is_free,
     is_heavy,
     is_movable,
@@ -121,7 +122,8 @@ def _times(body: Program, consts: int, carry: int) -> dict[Var, int]:
     feeds = _feeds(body, carry)
     reach = _reach([_union(depends, [new]) for new in body.outvars[:carry]])
 
-    fixed = _independent(body, body.invars[consts:])
+    everything = {*body.invars, *(v for e in body.equations for v in e.outvars)}
+    fixed = everything - dependents(body, body.invars[consts:])
 
     def in_a_cycle(equation: Equation) -> bool:
         fed = _union(feeds, equation.outvars)
@@ -158,15 +160,6 @@ def moves(equation: Equation, fixed: set[Var]) -> bool:
     if not (is_heavy(equation) and is_movable(equation)):
         return False
     return not multiply_adds(equation) or any(v in fixed for v in variables(equation.invars))
-
-
-def _independent(body: Program, sources: Iterable[Var]) -> set[Var]:
-    """The variables of `body` that depend on none of `sources`."""
-    found = set(body.invars) - set(sources)
-    for equation in body.equations:
-        if all(v in found for v in variables(equation.invars)):
-            found |= set(equation.outvars)
-    return found
 
 
 def _depends(body: Program, carries: Iterable[Var]) -> dict[Var, int]:

@@ -375,12 +375,10 @@ class _Tangent:
             known = dict(zip(self.kept, values, strict=True))
             for equation in self.program.equations:
                 operands = [read(env, a) for a in equation.invars]
-                by_output = slope_by_output(equation) if equation.outvars[0] in known else None
-                slope, origins = (
-                    (by_output, operands) if by_output else (_as_it_is, bind(equation, operands))
-                )
+                slope = slope_by_output(equation) if equation.outvars[0] in known else None
+                origins = operands if slope else bind(equation, operands)
                 for v, origin in zip(equation.outvars, origins, strict=True):
-                    env[v] = _known(slope, known[v], origin) if v in known else origin
+                    env[v] = _known(slope or _as_it_is, known[v], origin) if v in known else origin
             outs = [jnp.asarray(read(env, a)) for a in self.program.outvars]
             return [out for out in outs if _is_differentiable(out)]
 

@@ -74,6 +74,9 @@ def test_run_believes_the_line_and_the_exit_status_only_together(tmp_path, monke
     assert [line[:18].split() for line in lines[2:]] == [["FAIL", name] for name in [*scripts][2:]]
     assert summary == "1 of 6 examples hold"
 
+    assert runner.main(["a_good", "--short"]) == 0
+    assert capfd.readouterr().out.splitlines()[-1] == "1 of 1 examples hold"
+
     for name in [*scripts][1:]:
         (tmp_path / f"{name}.py").unlink()
     assert runner.main([]) == 0

@@ -92,3 +92,20 @@ def test_lines_fit_a_terminal_and_nothing_is_computed():
 def test_mistakes_are_named_as_rnn_names_them():
     with pytest.raises(ValueError, match="mask has shape"):
         explain(mask=jnp.ones((B, T + 1)))
+
+
+def test_what_comes_from_plain_lax_scan_without_a_gradient():
+    """From 128 rows on; asked for by name, the method is what it says."""
+
+    def report(batch, **options):
+        def step(x, states):
+            h = jnp.tanh(x @ jnp.ones((D, H)) + states[0] @ jnp.ones((H, H)))
+            return h, [h]
+
+        states = [jnp.ones((batch, H))]
+        return jaxrnn.explain(step, jnp.ones((batch, T, D)), states, **options)
+
+    aside = "results alone come from plain lax.scan"
+    assert aside in report(128)
+    assert aside not in report(127)
+    assert aside not in report(128, method="sequential")

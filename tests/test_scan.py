@@ -133,7 +133,7 @@ def test_without_jit():
     x = X[:3]
     with jax.disable_jit():
         actual, expected = both(elman(W, U), H, x, reverse=True)
-        gradient = jax.grad(lambda u: jaxrnn.scan(elman(W, u), H, x, **SPLIT)[0].sum())(U)
+        gradient = jax.grad(lambda u: jaxrnn.scan(elman(W, u), H, x, chunk=2, **SPLIT)[0].sum())(U)
     assert_same(actual, expected)
     assert_same(gradient, jax.grad(lambda u: lax.scan(elman(W, u), H, x)[0].sum())(U), scale=10)
 
@@ -302,8 +302,11 @@ def test_no_tracer_leaks():
         return jaxrnn.scan(elman(W, u), h, X, chunk=3, remat=remat, **SPLIT)[1].sum()
 
     with jax.checking_leaks():
-        jax.make_jaxpr(jax.grad(functools.partial(loss, remat=True)))(U)
-        jax.make_jaxpr(jax.vmap(jax.linearize(functools.partial(loss, remat=False), U)[1]))(U[None])
+        for remat in (False, True):
+            of = functools.partial(loss, remat=remat)
+            jax.jit(jax.grad(of))(U)
+            jax.vmap(of)(U[None])
+        jax.make_jaxpr(jax.hessian(functools.partial(loss, remat=False)))(U)
 
 
 def test_weights_are_not_baked_into_the_program():
