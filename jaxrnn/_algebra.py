@@ -176,10 +176,18 @@ class _Rewriter:
         return 1 if isinstance(atom, Literal) else self.uses[atom]
 
     def _splits_later(self, equation: Equation, operands: Sequence[_lazy.Value]) -> bool:
-        """Whether the split that follows `equation` had better come before it."""
+        """Whether the split that follows `equation` had better come before it.
+
+        Not if a whole product is added: then the sum is as contiguous as its parts, and one array
+        of all gates is faster to compute and to keep than an array for each.
+        """
         return self.only_columns[equation.outvars[0]] and any(
             isinstance(value, _lazy.Map)
-            or (isinstance(value, _lazy.Sum) and value.parts[0].stage <= 0 < value.stage)
+            or (
+                isinstance(value, _lazy.Sum)
+                and value.parts[0].stage <= 0 < value.stage
+                and not isinstance(value.parts[-1], _lazy.Product)
+            )
             for value in self._lone(equation, operands)
         )
 

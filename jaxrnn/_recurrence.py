@@ -74,7 +74,6 @@ def run_block(
     xs: Sequence[Array],
     steps: Steps,
     run_loop: RunLoop,
-    wrap_pass: Callable[..., Any] = lambda run: run,
 ) -> tuple[list[Array], list[Array]]:
     """Runs a plan over one block of time.
 
@@ -85,7 +84,6 @@ def run_block(
         xs: the inputs of the block, arrays with a row per step.
         steps: how many there are, and how they are run through.
         run_loop: runs one recurrence.
-        wrap_pass: applied to a pass, a function, before it runs; `jax.checkpoint`, say.
 
     Returns:
         The carries at the end of the block, and ys with a row per step.
@@ -103,8 +101,8 @@ def run_block(
     for program, loop in plan.stages:
         if program.outvars:
             in_time = [times[v] != -1 for v in program.invars]
-            run = wrap_pass(functools.partial(run_rows, program, in_time, steps.length))
-            env |= zip(program.outvars, run(*(env[v] for v in program.invars)), strict=True)
+            made = run_rows(program, in_time, steps.length, *(env[v] for v in program.invars))
+            env |= zip(program.outvars, made, strict=True)
         if loop is not None:
             last, ys = run_loop(
                 loop,
@@ -171,13 +169,31 @@ def run_recurrence(
         return run_plain(program, consts, carry, xs, steps)
 
     def rule(primals: Any, tangents: Any) -> Any:
-        kept = _kept(program)
+        consts, carry, xs = primals
         old = program.invars[n_consts : n_consts + n_carry]
-        keeping = program.cut(program.invars, [*program.outvars, *old, *kept], program.equations)
-        last, rows = run_recurrence(keeping, primals[0], primals[1], primals[2], steps)
-        ys, states, values = _split(rows, len(program.outvars) - n_carry, n_carry)
-        tangent = _Tangent(program, kept, primals, states, values, tangents)
-        t_last, t_ys = tangent.run(steps)
+        new, yielded = _split(program.outvars, n_carry)
+        kept = _kept(program)
+        rows: list[Atom] = list(yielded)
+        rows += [v for v in kept if v not in rows]
+        # The state before a step is what the step before it made, which may be a row already.
+        is_row = []
+        for before, after in zip(old, new, strict=True):
+            is_row.append(after in rows)
+            rows += [] if is_row[-1] else [before]
+        keeping = program.cut(program.invars, [*new, *rows], program.equations)
+        last, made = run_recurrence(keeping, consts, carry, xs, steps)
+
+        def states() -> list[Array]:
+            return [
+                _one_before(made[rows.index(after)], first, steps)
+                if repeats
+                else made[rows.index(before)]
+                for before, after, first, repeats in zip(old, new, carry, is_row, strict=True)
+            ]
+
+        values = [made[rows.index(v)] for v in kept]
+        t_last, t_ys = _Tangent(program, kept, primals, states, values, tangents).run(steps)
+        ys = made[: len(yielded)]
         return (last, ys), (_fill(last, t_last), _fill(ys, t_ys))
 
     recurrence.defjvp(rule, symbolic_zeros=True)
@@ -207,6 +223,11 @@ def _split(values: Sequence[Any], *sizes: int) -> list[list[Any]]:
         parts.append(list(values[start : start + size]))
         start += size
     return [*parts, list(values[start:])]
+
+
+def _one_before(rows: Array, first: Array, steps: Steps) -> Array:
+    """For every step the row of the step before it, and `first` for the first."""
+    return jnp.concatenate([rows[1:], first[None]] if steps.reverse else [first[None], rows[:-1]])
 
 
 def _is_differentiable(value: Any) -> bool:
@@ -278,7 +299,7 @@ class _Tangent:
         program: Program,
         kept: Sequence[Var],
         primals: Any,
-        states: Sequence[Array],
+        states: Callable[[], list[Array]],
         values: Sequence[Array],
         tangents: Any,
     ):
@@ -287,7 +308,7 @@ class _Tangent:
         t_consts, t_carry, t_xs = tangents
         self.program, self.kept = program, kept
         self.consts = list(consts)
-        self.rows = [list(xs), list(states), list(values)]
+        self.carry, self.xs, self.states, self.values = list(carry), list(xs), states, list(values)
         self.moving_consts = [i for i, t in enumerate(t_consts) if is_moving(t)]
         self.moving_carry = [i for i, c in enumerate(carry) if _is_differentiable(c)]
         self.moving_xs = [i for i, t in enumerate(t_xs) if is_moving(t)]
@@ -301,8 +322,8 @@ class _Tangent:
     def run(self, steps: Steps) -> tuple[list[Array], list[Array]]:
         """The tangents of the last carry and of ys, of the differentiable ones among them."""
         consts = [*self.consts, *self.t_consts]
-        xs = [*self.t_xs, *(row for group in self.rows for row in group)]
-        example = [*consts, *self.t_carry, *(x[0] for x in xs)]
+        t_xs, xs, values = ([rows[0] for rows in r] for r in (self.t_xs, self.xs, self.values))
+        example = [*consts, *self.t_carry, *t_xs, *xs, *self.carry, *values]
         traced = trace(self._step, *example)
         consts = [*traced.consts, *consts]
         body = simplify(
@@ -339,26 +360,26 @@ class _Tangent:
             step = jax.checkpoint(step, prevent_cse=False)
             return lax.scan(step, carry, [rows[i] for i in order], *steps)
 
-        return run_block(
-            plan,
-            run_invariant(plan, consts),
-            self.t_carry,
-            xs,
-            steps,
-            run_loop,
-            jax.checkpoint,
-        )
+        invariant = run_invariant(plan, consts)
+
+        # What is only arranged anew is not kept for the backward pass besides what it is made of.
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def block(carry: list[Array], t_xs: list[Array]) -> tuple[list[Array], list[Array]]:
+            xs = [*t_xs, *self.xs, *self.states(), *self.values]
+            return run_block(plan, invariant, carry, xs, steps, run_loop)
+
+        return block(self.t_carry, self.t_xs)
 
     def _step(self, *args: Array) -> list[Array]:
         """The tangents of one step's new carry and y, from everything that it may depend on."""
-        n_xs, n_states, _ = map(len, self.rows)
+        n_states = len(self.carry)
         consts, t_consts, t_carry, t_xs, xs, states, values = _split(
             args,
             len(self.consts),
             len(self.t_consts),
             len(self.t_carry),
             len(self.t_xs),
-            n_xs,
+            len(self.xs),
             n_states,
         )
         inputs = [*consts, *states, *xs]

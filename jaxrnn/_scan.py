@@ -1,7 +1,7 @@
 """`scan`: `jax.lax.scan` run as an expert would have written it, over blocks of time."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ from jax import lax
 from jaxrnn._algebra import simplify
 from jaxrnn._fission import Plan, fission
 from jaxrnn._jaxpr import (
+    Atom,
     Traced,
     dtype,
     is_heavy,
@@ -321,14 +322,20 @@ def block_length(chunk: int | str | None, remat: bool, time: int, split: Split |
     if remat:
         return math.isqrt(time - 1) + 1 if time > 1 else 1
     assert split is not None
-    per_step = sum(
-        size_in_bytes(v) for s in split.plan.stages for v in variables(s.program.outvars)
-    )
+    plan = split.plan
+    per_step = _bytes(v for s in plan.stages for v in s.program.outvars)
+    # Measured on a CPU: one block is faster as long as it takes no memory to speak of, that is, if
+    # its passes make no more than the steps do anyway, or are small beside the 32 MiB above which
+    # the memory of a program is mapped anew at every call. Else a block should stay in the cache.
+    yielded = _bytes(plan.body.outvars)
     per_step //= jax.device_count()  # as if split over all, and each block costs a reduction
-    # Measured on a CPU: a block should stay in the cache of a core, unless two would hold it all.
-    if time * per_step <= 4 << 20:
+    if per_step <= yielded or time * per_step <= 6 << 20:
         return time
-    return _near_divisor(time, max(8, (2 << 20) // per_step))
+    return _near_divisor(time, max(4, (2 << 20) // per_step))
+
+
+def _bytes(atoms: Iterable[Atom]) -> int:
+    return sum(map(size_in_bytes, variables(atoms)))
 
 
 def _near_divisor(time: int, target: int) -> int:

@@ -58,16 +58,19 @@ def scratch_bytes(scan, time, **flags):
 @pytest.mark.parametrize("chunk", ["auto", 16, None])
 @pytest.mark.parametrize(
     ("make", "arrays"),
-    # LSTM: four gates, two states. GRU: the same of three gates and one state, with the
-    # recurrent part of the candidate by itself. Elman: the sum and the state.
-    [("lstm_split", 6), ("gru_reset_after", 5), ("elman_cell", 2)],
+    # Beside the outputs, which are one of the states. LSTM: four gates and the other state. GRU:
+    # three gates, and the recurrent part of the candidate by itself. Elman: nothing, since the
+    # output tells the derivative of its tanh.
+    [("lstm_split", 5), ("gru_reset_after", 4), ("elman_cell", 0)],
 )
 def test_products_and_states_are_kept_and_no_more(make, arrays, chunk):
     time = 64
     kept = kept_bytes(jaxrnn.scan, time, make, chunk=chunk, method="sequential")
     weights = 4 * UNITS * (UNITS + 2) * 4
+    if chunk == 16:  # outputs are kept by their blocks, too
+        arrays += 1
     assert kept <= (arrays + 0.2) * time * BATCH * UNITS * 4 + weights
-    if make != "elman_cell":  # of which newer versions of JAX keep one array alone
+    if (make, chunk) != ("elman_cell", 16):  # of which newer versions of JAX keep one array alone
         assert kept < kept_bytes(lax.scan, time, make)
 
 
