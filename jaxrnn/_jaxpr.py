@@ -253,6 +253,7 @@ def _inner_jaxprs(equation: Equation) -> list[Any]:
 add_p = p.add_p
 add_any_p = p.add_jaxvals_p
 concatenate_p = p.concatenate_p
+conv_general_dilated_p = p.conv_general_dilated_p
 dot_general_p = p.dot_general_p
 reshape_p = p.reshape_p
 slice_p = p.slice_p
