@@ -10,9 +10,9 @@ from jax import lax
 
 from jaxrnn import _jaxpr, _rnn
 from jaxrnn._arguments import Step
+from jaxrnn._block import Steps, run_plain
 from jaxrnn._fission import Plan
 from jaxrnn._jaxpr import Equation, Program
-from jaxrnn._recurrence import Steps, run_plain
 from jaxrnn._scan import Split, block_length, only_for_gradients, run_split, split_body
 
 Array = jax.Array

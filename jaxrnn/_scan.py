@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxrnn._algebra import simplify
+from jaxrnn._block import Steps, run_block, run_invariant, run_plain
 from jaxrnn._fission import Plan, fission
 from jaxrnn._jaxpr import (
     Atom,
@@ -25,14 +26,8 @@ from jaxrnn._jaxpr import (
     trace,
     variables,
 )
-from jaxrnn._recurrence import (
-    Steps,
-    is_moving,
-    run_block,
-    run_invariant,
-    run_loop,
-    run_plain,
-)
+from jaxrnn._recurrence import run_loop
+from jaxrnn._tangent import is_moving
 
 Array = jax.Array
 PyTree = Any

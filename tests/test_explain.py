@@ -94,8 +94,53 @@ def test_mistakes_are_named_as_rnn_names_them():
         explain(mask=jnp.ones((B, T + 1)))
 
 
+def test_one_block_where_that_takes_no_memory():
+    """Its passes may make what the steps make anyway, or six MiB in all; the cell decides."""
+
+    def blocks(cell, time):
+        step = cell.step(cell.init(jax.random.key(0), 1))
+        report = jaxrnn.explain(step, jnp.ones((B, time, 1)), cell.initial_states(B))
+        return int(report.splitlines()[0].rsplit(maxsplit=1)[1])
+
+    six_mib = 6 * 2**20 // (4 * B * H)  # steps of one array [B, H] each
+    assert blocks(jaxrnn.cells.simple_rnn(H), 2 * six_mib) == 2 * six_mib
+    assert blocks(jaxrnn.cells.lstm(H), six_mib // 4) == six_mib // 4
+    assert blocks(jaxrnn.cells.lstm(H), six_mib) < six_mib // 4
+
+
+def test_blocks_of_large_steps_are_short_but_no_single_steps():
+    cell = jaxrnn.cells.lstm(512)  # which makes 4 MiB a step for 512 samples
+    report = jaxrnn.explain(
+        cell.step(cell.init(jax.random.key(0), 1)), jnp.ones((512, 32, 1)), cell.initial_states(512)
+    )
+    assert "in blocks of 4" in report.splitlines()[0]
+
+
+def test_all_gates_of_our_lstm_stay_one_array():
+    """A split stays behind the activation, unless it takes a part of a product as our GRU's does."""
+
+    def products(cell):
+        step = cell.step(cell.init(jax.random.key(0), D))
+        report = jaxrnn.explain(step, INPUTS, cell.initial_states(B), method="sequential")
+        return section(report, "prologue").splitlines()[0].split("@ ")[1]
+
+    assert products(jaxrnn.cells.lstm(H)) == f"float32[{D}, {4 * H}]"
+    assert products(jaxrnn.cells.gru(H)) == f"float32[{D}, {H}] x3"
+
+
 def test_what_comes_from_plain_lax_scan_without_a_gradient():
-    """From 128 rows on; asked for by name, the method is what it says."""
+    """From 128 rows on, or for a small convolution; asked for, the method is what it says."""
+
+    def convolution(places):
+        def step(x, states):
+            kernel = jnp.ones((3, 2 * D, H))
+            pair = jnp.concatenate([x, states[0][..., :D]], axis=-1)
+            dimensions = ("NWC", "WIO", "NWC")
+            h = jax.lax.conv_general_dilated(pair, kernel, (1,), "SAME", None, None, dimensions)
+            return h, [h]
+
+        shape = (2, T, places, D)
+        return jaxrnn.explain(step, jnp.ones(shape), [jnp.ones((2, places, H))])
 
     def report(batch, **options):
         def step(x, states):
@@ -109,3 +154,5 @@ def test_what_comes_from_plain_lax_scan_without_a_gradient():
     assert aside in report(128)
     assert aside not in report(127)
     assert aside not in report(128, method="sequential")
+    assert aside in convolution(places=8)
+    assert aside not in convolution(places=64)
