@@ -40,7 +40,7 @@ class Value:
         """
         cuts, whole = columns(equation), shape(equation.invars[0])
         if cuts is not None and self.array.shape[-1:] == whole[-1:]:
-            outs = _take_columns(self.array, cuts)
+            outs = _parts(self.array, cuts, self.array.ndim - 1)
         else:
             outs = bind(equation, [jnp.broadcast_to(self.array, whole)])
         return [Value(self.stage, out) for out in outs]
@@ -114,10 +114,7 @@ class Product(Value):
         if self.stage > 0 or cuts is None:
             return super().arranged(equation)
         axis = 1 - self.equation.params["dimension_numbers"][0][1][0]
-        return [
-            Product(self.lhs, lax.slice_in_dim(self.rhs, start, stop, axis=axis), self.equation)
-            for start, stop in cuts
-        ]
+        return [Product(self.lhs, part, self.equation) for part in _parts(self.rhs, cuts, axis)]
 
 
 def product(lhs: Value, rhs: Array, equation: Equation) -> Value:
@@ -144,9 +141,9 @@ def _joined(concatenation: Concatenation) -> list[Value]:
     return [Concatenation(run, concatenation.axis) if len(run) > 1 else run[0] for run in joined]
 
 
-def _take_columns(array: Array, cuts: Sequence[tuple[int, int]]) -> list[Array]:
-    """Ranges of the last axis; by one split if possible, whose transpose is one concatenation."""
-    axis, stops = array.ndim - 1, [stop for _, stop in cuts]
+def _parts(array: Array, cuts: Sequence[tuple[int, int]], axis: int) -> list[Array]:
+    """Ranges of an axis; by one split if possible, whose transpose is one concatenation."""
+    stops = [stop for _, stop in cuts]
     if [0, *stops[:-1]] == [start for start, _ in cuts] and stops[-1] == array.shape[axis]:
         return list(lax.split(array, [stop - start for start, stop in cuts], axis))
     return [lax.slice_in_dim(array, start, stop, axis=axis) for start, stop in cuts]

@@ -117,7 +117,7 @@ def test_blocks_of_large_steps_are_short_but_no_single_steps():
 
 
 def test_all_gates_of_our_lstm_stay_one_array():
-    """A split stays behind the activation, unless it takes a part of a product as our GRU's does."""
+    """A split stays behind the activation, unless it takes part of a product, as our GRU's does."""
 
     def products(cell):
         step = cell.step(cell.init(jax.random.key(0), D))
