@@ -6,6 +6,7 @@ its columns.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -109,9 +110,14 @@ class Product(Value):
         return bind(self.equation, [self.lhs.array, self.rhs])[0]
 
     def arranged(self, equation: Equation) -> list[Value]:
-        """A part of the columns is a product with a part of `rhs`, where that is worth it."""
+        """A part of the columns is a product with a part of `rhs`, where that is worth it.
+
+        Not if the whole is small, at most 32 KiB a step: then one array is sooner made and read.
+        """
         cuts = columns(equation)
-        if self.stage > 0 or cuts is None:
+        whole = shape(equation.invars[0])
+        is_small = math.prod(whole) * self.rhs.dtype.itemsize <= 1 << 15
+        if self.stage > 0 or cuts is None or is_small:
             return super().arranged(equation)
         axis = 1 - self.equation.params["dimension_numbers"][0][1][0]
         return [Product(self.lhs, part, self.equation) for part in _parts(self.rhs, cuts, axis)]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bodies import spike, straight_through
+from bodies import BODIES, spike, straight_through
 from helpers import assert_same
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
@@ -270,6 +270,30 @@ def test_many_rows(transformation):
         return jax.jit(transformation(of))(p, init["h"], xs)
 
     assert_same(derivative(jaxrnn.scan), derivative(lax.scan), scale=10)
+
+
+# So large a product for the inputs that each gate has one of its own (over 32 KiB a step).
+
+
+@pytest.mark.parametrize("flags", [{}, {"reverse": True, "chunk": 2}, {"remat": True}])
+@pytest.mark.parametrize("name", ["lstm_split", "gru_reset_after", "lstm_concatenated"])
+def test_a_product_for_each_gate(name, flags):
+    batch, time, units = 16, 5, 192
+    gates = 3 if name == "gru_reset_after" else 4
+    w, u = draw(FEATURES, gates * units), 0.1 * draw(units, gates * units, seed=1)
+    p = {"w": w, "u": u, "k": jnp.concatenate([w, u]), "b": draw(gates * units)}
+    h, xs = draw(batch, units), draw(time, batch, FEATURES)
+    init = h if name == "gru_reset_after" else (h, h)
+
+    def of(scan, p, init, xs, **flags):
+        return scalar_of(scan(BODIES[name].make(p), init, xs, **flags))
+
+    def derivatives(scan, **flags):
+        function = functools.partial(of, scan, **flags)
+        return jax.jit(jax.value_and_grad(function, (0, 1, 2)))(p, init, xs)
+
+    expected = derivatives(lax.scan, reverse=flags.get("reverse", False))
+    assert_same(derivatives(jaxrnn.scan, **flags), expected, scale=10)
 
 
 # vmap.
