@@ -217,17 +217,20 @@ def only_for_gradients(plan: Plan, chunk: Any, remat: bool, method: str) -> bool
     """Whether plain `lax.scan` has the results just as soon, and only a gradient gains.
 
     Measured on a CPU: a product of 128 rows is as fast in a loop as outside of one, and so is a
-    convolution of up to 2**18 multiplications.
+    convolution of up to 2**18 multiplications. If products stand in several loops, as in layers
+    written as one step, it takes two rows: a second loop costs what the moved products save.
     """
     if remat or chunk != "auto" or method != "auto":
         return False
+    loops = [stage.loop.program for stage in plan.stages if stage.loop is not None]
+    rows = 2 if sum(any(map(multiply_adds, loop.equations)) for loop in loops) > 1 else 128
     for equation in filter(is_movable, filter(is_heavy, plan.body.equations)):
         work = multiply_adds(equation)
         fixed = [v for v in variables(equation.invars) if plan.times[v] == -1]
         if equation.primitive is conv_general_dilated_p:
             gains = work > 1 << 18
         else:
-            gains = not work or (fixed != [] and work < 128 * math.prod(shape(fixed[0])))
+            gains = not work or (fixed != [] and work < rows * math.prod(shape(fixed[0])))
         if gains:
             return False
     return True

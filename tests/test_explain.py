@@ -133,7 +133,15 @@ def test_which_gates_are_one_array():
 
 
 def test_what_comes_from_plain_lax_scan_without_a_gradient():
-    """From 128 rows on, or for a small convolution; asked for, the method is what it says."""
+    """128 rows, two of several layers, a small convolution; unless the method is asked for."""
+
+    def layers(batch):
+        def step(x, states):
+            h = jnp.tanh(x @ jnp.ones((D, H)) + states[0] @ jnp.ones((H, H)))
+            y = jnp.tanh(h @ jnp.ones((H, H)) + states[1] @ jnp.ones((H, H)))
+            return y, [h, y]
+
+        return jaxrnn.explain(step, jnp.ones((batch, T, D)), [jnp.ones((batch, H))] * 2)
 
     def convolution(places):
         def step(x, states):
@@ -158,5 +166,6 @@ def test_what_comes_from_plain_lax_scan_without_a_gradient():
     assert aside in report(128)
     assert aside not in report(127)
     assert aside not in report(128, method="sequential")
+    assert (aside in layers(1), aside in layers(2)) == (False, True)
     assert aside in convolution(places=8)
     assert aside not in convolution(places=64)
