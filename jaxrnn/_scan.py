@@ -330,11 +330,14 @@ def block_length(chunk: int | str | None, remat: bool, time: int, split: Split |
     # Measured on a CPU: one block is faster as long as it takes no memory to speak of, that is, if
     # its passes make no more than the steps do anyway, or are small beside the 32 MiB above which
     # the memory of a program is mapped anew at every call. Else a block should stay in the cache.
-    yielded = _bytes(plan.body.outvars)
-    per_step //= jax.device_count()  # as if split over all, and each block costs a reduction
-    if per_step <= yielded or time * per_step <= 6 << 20:
+    if per_step <= _bytes(plan.body.outvars):
         return time
-    return _near_divisor(time, max(4, (2 << 20) // per_step))
+    devices = jax.device_count()
+    per_step //= devices  # as if split over all
+    if time * per_step <= 6 << 20:
+        return time
+    least = 4 if devices == 1 else 8  # with several, each block costs a reduction
+    return _near_divisor(time, max(least, (2 << 20) // per_step))
 
 
 def _bytes(atoms: Iterable[Atom]) -> int:
