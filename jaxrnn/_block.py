@@ -104,7 +104,18 @@ def run_plain(
     xs: Sequence[Array],
     steps: Steps,
 ) -> tuple[list[Array], list[Array]]:
-    """`lax.scan` over `program`; arguments and results as in `run_recurrence`."""
+    """`lax.scan` over `program`.
+
+    Args:
+        program: `(consts, carry, x) -> (carry, y)`, flat.
+        consts: the same at every step.
+        carry: the first carry.
+        xs: arrays with a row per step.
+        steps: how many there are, and how they are run through.
+
+    Returns:
+        The last carry, and ys with a row per step.
+    """
 
     def step(carry: list[Array], x: list[Array]) -> tuple[list[Array], list[Array]]:
         outs = program.run(*consts, *carry, *x)

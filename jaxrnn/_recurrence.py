@@ -58,18 +58,7 @@ def run_recurrence(
     xs: Sequence[Array],
     steps: Steps,
 ) -> tuple[list[Array], list[Array]]:
-    """`lax.scan` over `program`, with the derivative described at the top of this file.
-
-    Args:
-        program: `(consts, carry, x) -> (carry, y)`, flat.
-        consts: the same at every step.
-        carry: the first carry.
-        xs: arrays with a row per step.
-        steps: how many there are, and how they are run through.
-
-    Returns:
-        The last carry, and ys with a row per step.
-    """
+    """As `run_plain`, with the derivative described at the top of this file."""
     n_consts, n_carry = len(consts), len(carry)
 
     @jax.custom_jvp
@@ -86,19 +75,17 @@ def run_recurrence(
         rows: list[Atom] = list(yielded)
         rows += [v for v in kept if v not in rows]
         # The state before a step is what the step before it made, which may be a row already.
-        is_row = []
         for before, after in zip(old, new, strict=True):
-            is_row.append(after in rows)
-            rows += [] if is_row[-1] else [before]
+            rows += [] if before in rows or after in rows else [before]
         keeping = program.cut(program.invars, [*new, *rows], program.equations)
         last, made = run_recurrence(keeping, consts, carry, xs, steps)
 
         def states() -> list[Array]:
             return [
-                _one_before(made[rows.index(after)], first, steps)
-                if repeats
-                else made[rows.index(before)]
-                for before, after, first, repeats in zip(old, new, carry, is_row, strict=True)
+                made[rows.index(before)]
+                if before in rows
+                else _one_before(made[rows.index(after)], first, steps)
+                for before, after, first in zip(old, new, carry, strict=True)
             ]
 
         values = [made[rows.index(v)] for v in kept]
