@@ -101,6 +101,12 @@ class _Rewriter:
             a for e in program.equations for a in e.invars if not isinstance(a, Literal)
         )
         self.uses.update(a for a in program.outvars if not isinstance(a, Literal))
+        self.gets_more = {
+            v
+            for e in program.equations
+            if e.primitive in (add_p, add_any_p) and any(self._stage(a) <= 0 for a in e.invars)
+            for v in variables(e.invars)
+        }
         self.only_sliced = self._only_sliced()
         self.only_columns = self._only_columns()
         self.groups = self._groups()
@@ -141,7 +147,8 @@ class _Rewriter:
             return [_lazy.Concatenation(operands, equation.params["dimension"])]
         elif primitive in _LAYOUT or primitive is split_p():
             (source,) = equation.invars
-            if not isinstance(source, Literal) and self.only_sliced[source]:
+            splits = not isinstance(source, Literal) and self.only_sliced[source]
+            if splits and not self._stays_whole(equation, operands[0]):
                 return operands[0].arranged(equation)
         elif primitive is dot_general_p and _is_matrix_product(equation):
             group = self.groups.get(id(equation), [equation])
@@ -189,6 +196,18 @@ class _Rewriter:
                 and not isinstance(value.parts[-1], _lazy.Product)
             )
             for value in self._lone(equation, operands)
+        )
+
+    def _stays_whole(self, equation: Equation, value: _lazy.Value) -> bool:
+        """Whether a sum is better computed before it is split by `equation`.
+
+        In a tangent the early part of the sum is a row per step that the transpose has to write:
+        better one array than one per gate. Not if the early part of a gate is still to come.
+        """
+        return (
+            self.to_be_transposed
+            and isinstance(value, _lazy.Sum)
+            and self.gets_more.isdisjoint(equation.outvars)
         )
 
     def _merged(self, group: Sequence[Equation], env: dict[Var, _lazy.Value]) -> list[_lazy.Value]:

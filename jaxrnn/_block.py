@@ -1,4 +1,4 @@
-"""Runs a plan over a block of time: each pass at once, each loop when its turn comes."""
+"""Runs a plan over blocks of time: each pass at once, each loop when its turn comes."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxrnn._fission import Loop, Plan
-from jaxrnn._jaxpr import Atom, Literal, Program, read
+from jaxrnn._jaxpr import Atom, Literal, Program, empty_rows, read
 from jaxrnn._passes import run_rows
 
 Array = jax.Array
+PyTree = Any
 Env = dict[Atom, Any]
 
 
@@ -122,3 +123,153 @@ def run_plain(
         return outs[: len(carry)], outs[len(carry) :]
 
     return lax.scan(step, list(carry), list(xs), *steps)
+
+
+def over_blocks(
+    run_block: Callable[[PyTree, PyTree, Steps], tuple[PyTree, PyTree]],
+    init: PyTree,
+    xs: PyTree,
+    steps: Steps,
+    block: int,
+    remat: bool,
+) -> tuple[PyTree, PyTree]:
+    """Runs `run_block` over consecutive blocks of time, the shorter remainder last.
+
+    Args:
+        run_block: `(carry, xs of one block, its steps) -> (carry, ys of that block)`.
+        init: the first carry.
+        xs: pytree of arrays `[T, ...]`.
+        steps: all T of them.
+        block: timesteps per block, at most T.
+        remat: whether only the carries between blocks are kept for the backward pass.
+
+    Returns:
+        The last carry, and ys as a pytree of arrays `[T, ...]`.
+    """
+    time, reverse, unroll = steps
+    blocks, rest = divmod(time, block)
+
+    def run(carry: PyTree, xs: PyTree, count: int) -> tuple[PyTree, PyTree]:
+        def plain(carry: PyTree, xs: PyTree) -> tuple[PyTree, PyTree]:
+            return run_block(carry, xs, Steps(count, reverse, unroll))
+
+        # Inside a loop nothing can be merged with its recomputation; in a lone block it could.
+        inside = count == block and blocks > 1
+        return (jax.checkpoint(plain, prevent_cse=not inside) if remat else plain)(carry, xs)
+
+    if blocks == 1 and not rest:
+        return run(init, xs, time)
+
+    split = rest if reverse else time - rest
+    first = jax.tree.map(lambda x: x[:split], xs)
+    second = jax.tree.map(lambda x: x[split:], xs)
+    main, remainder = (second, first) if reverse else (first, second)
+    main = jax.tree.map(lambda x: x.reshape(blocks, block, *x.shape[1:]), main)
+    carry, ys = lax.scan(
+        lambda carry, xs: run(carry, xs, block),
+        init,
+        main,
+        blocks,
+        reverse,
+        unroll is True or 1,
+    )
+    ys = jax.tree.map(lambda y: y.reshape(blocks * block, *y.shape[2:]), ys)
+    if rest:
+        carry, ys_rest = run(carry, remainder, rest)
+        parts = (ys_rest, ys) if reverse else (ys, ys_rest)
+        ys = jax.tree.map(lambda *y: jnp.concatenate(y), *parts)
+    return carry, ys
+
+
+def run_in_place(
+    plan: Plan,
+    consts: Sequence[Array],
+    carry: Sequence[Array],
+    xs: Sequence[Array],
+    steps: Steps,
+    block: int,
+) -> tuple[list[Array], list[Array]]:
+    """Runs a plan over blocks of time, each row of ys written once, where it will stay.
+
+    Not to be differentiated by JAX, for which `over_blocks` with `run_block` is there: that makes
+    ys block by block and copies them; here the whole of ys is a carry.
+
+    Args:
+        plan: the split body.
+        consts: what the body closes over.
+        carry: the first carry.
+        xs: arrays with a row per step.
+        steps: all of them.
+        block: timesteps per block.
+
+    Returns:
+        The last carry, and ys with a row per step.
+    """
+    invariant = run_invariant(plan, consts)
+    if block == steps.length:
+        return run_block(plan, invariant, carry, xs, steps, _run_loop)
+    outs = plan.body.outvars[plan.carry :]
+
+    def run(state: PyTree, x: PyTree, steps: Steps) -> tuple[PyTree, None]:
+        (carry, whole), (index, xs) = state, x
+        writer = _Writer(outs, whole, index[0])
+        carry, ys = run_block(plan, invariant, carry, xs, steps, writer.run_loop)
+        writer.write_missing(ys)
+        return (carry, writer.whole), None
+
+    # Arrays that begin alike would be made once and copied.
+    whole = [empty_rows(v, steps.length, i) for i, v in enumerate(outs)]
+    rows = (jnp.arange(steps.length), list(xs))
+    return over_blocks(run, (list(carry), whole), rows, steps, block, False)[0]
+
+
+class _Writer:
+    """Writes the rows `outs` of one block, which begins at `start`, into those of all steps."""
+
+    def __init__(self, outs: Sequence[Atom], whole: Sequence[Array], start: Array):
+        self.outs, self.whole, self.start = outs, list(whole), start
+        self.missing = set(range(len(outs)))
+
+    def run_loop(
+        self, loop: Loop, consts: list[Array], carry: list[Array], xs: list[Array], steps: Steps
+    ) -> tuple[list[Array], list[Array]]:
+        """Runs a loop, each step of which writes its row."""
+        places = [i for i in sorted(self.missing) if self.outs[i] in loop.ys]
+        others = [v for v in loop.ys if v not in self.outs]
+
+        def step(state: PyTree, x: PyTree) -> tuple[PyTree, list[Array]]:
+            (carry, whole), (i, x) = state, x
+            outs = loop.program.run(*consts, *carry, *x)
+            row: Env = dict(zip(loop.ys, outs[len(carry) :], strict=True))
+            whole = [
+                _write(ys, row[self.outs[place]][None], self.start + i)
+                for place, ys in zip(places, whole, strict=True)
+            ]
+            return (outs[: len(carry)], whole), [row[v] for v in others]
+
+        state = (carry, [self.whole[place] for place in places])
+        (carry, whole), ys = lax.scan(step, state, (jnp.arange(steps.length), xs), *steps)
+        rows: Env = dict(zip(others, ys, strict=True))
+        for place, written in zip(places, whole, strict=True):
+            self.whole[place] = written
+            rows[self.outs[place]] = lax.dynamic_slice_in_dim(
+                written, self.start, steps.length, allow_negative_indices=False
+            )
+        self.missing.difference_update(places)
+        return carry, [rows[v] for v in loop.ys]
+
+    def write_missing(self, ys: Sequence[Array]) -> None:
+        """Writes the rows of the block that no loop has written."""
+        for place in self.missing:
+            self.whole[place] = _write(self.whole[place], ys[place], self.start)
+
+
+def _write(whole: Array, rows: Array, start: Array) -> Array:
+    zeros = [0] * (rows.ndim - 1)
+    return lax.dynamic_update_slice(whole, rows, (start, *zeros), allow_negative_indices=False)
+
+
+def _run_loop(
+    loop: Loop, consts: list[Array], carry: list[Array], xs: list[Array], steps: Steps
+) -> tuple[list[Array], list[Array]]:
+    return run_plain(loop.program, consts, carry, xs, steps)

@@ -13,7 +13,8 @@ from jaxrnn._arguments import Step
 from jaxrnn._block import Steps, run_plain
 from jaxrnn._fission import Plan
 from jaxrnn._jaxpr import Equation, Program
-from jaxrnn._scan import Split, block_length, only_for_gradients, run_split, split_body
+from jaxrnn._recurrence import run_split
+from jaxrnn._scan import Split, block_length, only_for_gradients, split_body
 
 Array = jax.Array
 PyTree = Any

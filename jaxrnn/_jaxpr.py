@@ -157,10 +157,20 @@ def is_weak(atom: Atom) -> bool:
 
 def zeros_of(like: jax.ShapeDtypeStruct) -> jax.Array:
     """Zeros that under `shard_map` vary over the mesh as `like` does; `jnp.zeros_like` forgets."""
-    zeros = jnp.zeros(like.shape, like.dtype)
-    axes = like.manual_axis_type
-    varying = tuple(axes.varying) if axes is not None else ()
-    return lax.pcast(zeros, varying, to="varying") if varying else zeros
+    return _varying(jnp.zeros(like.shape, like.dtype), like)
+
+
+def empty_rows(like: Atom, length: int, mark: int) -> jax.Array:
+    """Room for `length` arrays like `like`, split over a mesh and varying over it as `like` is.
+
+    `mark` fills it.
+    """
+    sharding = explicit_spec(like.aval)
+    if sharding is not None:
+        spec = jax.sharding.PartitionSpec(None, *sharding.spec)
+        sharding = jax.sharding.NamedSharding(sharding.mesh, spec)
+    rows = lax.full((length, *shape(like)), mark, dtype(like), sharding=sharding)
+    return _varying(rows, like.aval)
 
 
 def is_heavy(equation: Equation) -> bool:
@@ -244,6 +254,12 @@ def split_p() -> Any:
     """The primitive of `lax.split`, which `jax.extend` does not list."""
     x = jax.ShapeDtypeStruct((2,), "float32")
     return jax.make_jaxpr(lambda x: lax.split(x, (1, 1)))(x).jaxpr.eqns[0].primitive
+
+
+def _varying(value: jax.Array, like: Any) -> jax.Array:
+    axes = getattr(like, "manual_axis_type", None)
+    varying = tuple(axes.varying) if axes is not None else ()
+    return lax.pcast(value, varying, to="varying") if varying else value
 
 
 def _inner_jaxprs(equation: Equation) -> list[Any]:

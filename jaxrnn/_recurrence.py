@@ -1,14 +1,15 @@
-"""The loops of a plan, with a derivative of their own.
+"""A plan run over blocks of time, with a derivative of its own.
 
-A loop is a `jax.custom_jvp` whose tangent rule is again a scan, over the tangent of one step, and
-that scan is split as any other: a term such as `h_prev @ dU` depends on known states and on the
-tangent of a parameter, but not on the tangent of the state, so it is a pass over the block. JAX's
+It is a `jax.custom_jvp` whose tangent rule is again a scan, over the tangent of one step, and that
+scan is split as any other: a term such as `h_prev @ dU` depends on known states and on the tangent
+of a parameter, but not on the tangent of the state, so it is a pass over the block. JAX's
 transposition of this pass is the weight gradient, one contraction per block instead of one per
 step. Nothing is transposed by hand; forward mode, reverse mode and higher orders follow.
 
-The tangent step is rematerialised. All that it needs is kept by the forward loop: the states, and
-the sums that products enter into (a nonlinear operation needs the sum, not its terms), or what a
-tanh or logistic function makes of such a sum, where this tells its derivative.
+The tangent step is rematerialised. All that it needs is kept by the steps, in rows that are written
+once, where they stay: the states, and the sums that products enter into (a nonlinear operation
+needs the sum, not its terms), or what a tanh or logistic function makes of such a sum, where this
+tells its derivative.
 """
 
 from collections import Counter
@@ -19,8 +20,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrnn._block import Steps, run_plain
-from jaxrnn._fission import Loop
+from jaxrnn._block import (
+    Steps,
+    over_blocks,
+    run_block,
+    run_in_place,
+    run_invariant,
+    run_plain,
+)
+from jaxrnn._fission import Loop, Plan, fission
 from jaxrnn._jaxpr import (
     Atom,
     Program,
@@ -34,38 +42,93 @@ from jaxrnn._jaxpr import (
     slope_by_output,
     variables,
 )
-from jaxrnn._tangent import Tangent, is_differentiable
+from jaxrnn._tangent import State, Tangent, is_differentiable, only_split
 
 Array = jax.Array
 
 
-def run_loop(
+def run_split(
+    plan: Plan,
+    consts: Sequence[Array],
+    carry: Sequence[Array],
+    xs: Sequence[Array],
+    steps: Steps,
+    block: int,
+    remat: bool,
+) -> tuple[list[Array], list[Array]]:
+    """Runs a plan over blocks of time.
+
+    Args:
+        plan: the split body.
+        consts: what the body closes over.
+        carry: the first carry.
+        xs: arrays with a row per step.
+        steps: all of them.
+        block: timesteps per block.
+        remat: whether only the carries between blocks are kept for the backward pass.
+
+    Returns:
+        The last carry, and ys with a row per step.
+    """
+    invariant = run_invariant(plan, consts)
+    fixed, program = _varying(plan)
+    hidden = any(map(hides_product, program.equations))
+
+    def run(carry: list[Array], xs: list[Array], steps: Steps) -> tuple[list[Array], list[Array]]:
+        if hidden:
+            return run_block(plan, invariant, carry, xs, steps, _run_loop)
+        values = [invariant[v] for v in fixed]
+        return _run(program, values, carry, xs, steps, min(block, steps.length))
+
+    if hidden or remat:
+        return over_blocks(run, list(carry), list(xs), steps, block, remat)
+    return run(list(carry), list(xs), steps)
+
+
+def _varying(plan: Plan) -> tuple[list[Var], Program]:
+    """The body without what runs once, and the variables that are its consts then."""
+    body = plan.body
+    given = {*body.invars, *plan.invariant.outvars}
+    read = set(variables(body.outvars))
+    equations = []
+    for equation in reversed(body.equations):
+        if any(v in read and v not in given for v in equation.outvars):
+            equations.append(equation)
+            read.update(variables(equation.invars))
+    fixed = [v for v in [*body.invars[: plan.consts], *plan.invariant.outvars] if v in read]
+    inputs = [*fixed, *body.invars[plan.consts :]]
+    return fixed, body.cut(inputs, body.outvars, reversed(equations))
+
+
+def _run_loop(
     loop: Loop, consts: Sequence[Array], carry: Sequence[Array], xs: Sequence[Array], steps: Steps
 ) -> tuple[list[Array], list[Array]]:
-    """Runs a loop of a plan as a recurrence with a derivative of its own.
+    """A loop of a plan that as a whole can have no derivative of its own.
 
-    Not if a product is out of sight, in an inner loop, say: it would only be computed again.
+    If a product is out of sight, in an inner loop, say, it would only be computed again.
     """
     if any(map(hides_product, loop.program.equations)):
         return run_plain(loop.program, consts, carry, xs, steps)
-    return run_recurrence(loop.program, consts, carry, xs, steps)
+    return _run(loop.program, consts, carry, xs, steps, steps.length)
 
 
-def run_recurrence(
+def _run(
     program: Program,
     consts: Sequence[Array],
     carry: Sequence[Array],
     xs: Sequence[Array],
     steps: Steps,
+    block: int,
 ) -> tuple[list[Array], list[Array]]:
-    """As `run_plain`, with the derivative described at the top of this file."""
+    """Runs a body over blocks of time, with the derivative described at the top of this file."""
     n_consts, n_carry = len(consts), len(carry)
 
     @jax.custom_jvp
-    def recurrence(
+    def run(
         consts: list[Array], carry: list[Array], xs: list[Array]
     ) -> tuple[list[Array], list[Array]]:
-        return run_plain(program, consts, carry, xs, steps)
+        plan = fission(program, n_consts, n_carry)
+        return run_in_place(plan, consts, carry, xs, steps, block)
 
     def rule(primals: Any, tangents: Any) -> Any:
         consts, carry, xs = primals
@@ -78,28 +141,20 @@ def run_recurrence(
         for before, after in zip(old, new, strict=True):
             rows += [] if before in rows or after in rows else [before]
         keeping = program.cut(program.invars, [*new, *rows], program.equations)
-        last, made = run_recurrence(keeping, consts, carry, xs, steps)
+        last, made = _run(keeping, consts, carry, xs, steps, block)
 
-        def states() -> list[Array]:
-            return [
-                made[rows.index(before)]
-                if before in rows
-                else _one_before(made[rows.index(after)], first, steps)
-                for before, after, first in zip(old, new, carry, strict=True)
-            ]
-
-        values = [made[rows.index(v)] for v in kept]
-        t_last, t_ys = Tangent(program, kept, primals, states, values, tangents).run(steps)
+        states = [
+            State(rows.index(after if before not in rows else before), before not in rows)
+            for before, after in zip(old, new, strict=True)
+        ]
+        where = {v: rows.index(v) for v in kept}
+        tangent = Tangent(program, primals, tangents, made, where, states)
+        t_last, t_ys = tangent.run(steps, block)
         ys = made[: len(yielded)]
         return (last, ys), (_fill(last, t_last), _fill(ys, t_ys))
 
-    recurrence.defjvp(rule, symbolic_zeros=True)
-    return recurrence(list(consts), list(carry), list(xs))
-
-
-def _one_before(rows: Array, first: Array, steps: Steps) -> Array:
-    """For every step the row of the step before it, and `first` for the first."""
-    return jnp.concatenate([rows[1:], first[None]] if steps.reverse else [first[None], rows[:-1]])
+    run.defjvp(rule, symbolic_zeros=True)
+    return run(list(consts), list(carry), list(xs))
 
 
 def _fill(primals: Sequence[Array], tangents: Sequence[Array]) -> list[Any]:
@@ -124,6 +179,7 @@ def _kept(program: Program) -> list[Var]:
     moving = dependents(
         program, [v for v in program.invars if jnp.issubdtype(dtype(v), jnp.inexact)]
     )
+    splits = only_split(program)
     costly: set[Var] = set()
     kept: dict[Var, None] = {}
     for equation in program.equations:
@@ -137,5 +193,6 @@ def _kept(program: Program) -> list[Var]:
             continue
         if moves and read_here:
             by_output = slope_by_output(equation) and all(readers[v] == 1 for v in read_here)
-            kept |= dict.fromkeys(equation.outvars if by_output else read_here)
+            results = splits.get(equation.outvars[0], equation).outvars
+            kept |= dict.fromkeys(results if by_output else read_here)
     return list(kept)

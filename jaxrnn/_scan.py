@@ -1,7 +1,7 @@
 """`scan`: `jax.lax.scan` run as an expert would have written it, over blocks of time."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxrnn._algebra import simplify
-from jaxrnn._block import Steps, run_block, run_invariant, run_plain
+from jaxrnn._block import Steps, over_blocks, run_plain
 from jaxrnn._fission import Plan, fission
 from jaxrnn._jaxpr import (
     Atom,
@@ -26,7 +26,7 @@ from jaxrnn._jaxpr import (
     trace,
     variables,
 )
-from jaxrnn._recurrence import run_loop
+from jaxrnn._recurrence import run_split
 from jaxrnn._tangent import is_moving
 
 Array = jax.Array
@@ -100,24 +100,6 @@ def scan(
         carry, ys = run_split(split.plan, split.consts, split.carry, rows, steps, block, remat)
     carry_tree, ys_tree = split.traced.out_tree.children()
     return jax.tree.unflatten(carry_tree, carry), jax.tree.unflatten(ys_tree, ys)
-
-
-def run_split(
-    plan: Plan,
-    consts: Sequence[Array],
-    carry: list[Array],
-    xs: list[Array],
-    steps: Steps,
-    block: int,
-    remat: bool,
-) -> tuple[list[Array], list[Array]]:
-    """Runs a split body, everything flat, over blocks of time."""
-    invariant = run_invariant(plan, consts)
-
-    def run(carry: list[Array], xs: list[Array], steps: Steps) -> tuple[list[Array], list[Array]]:
-        return run_block(plan, invariant, carry, xs, steps, run_loop)
-
-    return over_blocks(run, carry, xs, steps, block, remat)
 
 
 class Split(NamedTuple):
@@ -234,62 +216,6 @@ def only_for_gradients(plan: Plan, chunk: Any, remat: bool, method: str) -> bool
         if gains:
             return False
     return True
-
-
-def over_blocks(
-    run_block: Callable[[PyTree, PyTree, Steps], tuple[PyTree, PyTree]],
-    init: PyTree,
-    xs: PyTree,
-    steps: Steps,
-    block: int,
-    remat: bool,
-) -> tuple[PyTree, PyTree]:
-    """Runs `run_block` over consecutive blocks of time, the shorter remainder last.
-
-    Args:
-        run_block: `(carry, xs of one block, its steps) -> (carry, ys of that block)`.
-        init: the first carry.
-        xs: pytree of arrays `[T, ...]`.
-        steps: all T of them.
-        block: timesteps per block, at most T.
-        remat: whether only the carries between blocks are kept for the backward pass.
-
-    Returns:
-        The last carry, and ys as a pytree of arrays `[T, ...]`.
-    """
-    time, reverse, unroll = steps
-    blocks, rest = divmod(time, block)
-
-    def run(carry: PyTree, xs: PyTree, count: int) -> tuple[PyTree, PyTree]:
-        def plain(carry: PyTree, xs: PyTree) -> tuple[PyTree, PyTree]:
-            return run_block(carry, xs, Steps(count, reverse, unroll))
-
-        # Inside a loop nothing can be merged with its recomputation; in a lone block it could.
-        inside = count == block and blocks > 1
-        return (jax.checkpoint(plain, prevent_cse=not inside) if remat else plain)(carry, xs)
-
-    if blocks == 1 and not rest:
-        return run(init, xs, time)
-
-    split = rest if reverse else time - rest
-    first = jax.tree.map(lambda x: x[:split], xs)
-    second = jax.tree.map(lambda x: x[split:], xs)
-    main, remainder = (second, first) if reverse else (first, second)
-    main = jax.tree.map(lambda x: x.reshape(blocks, block, *x.shape[1:]), main)
-    carry, ys = lax.scan(
-        lambda carry, xs: run(carry, xs, block),
-        init,
-        main,
-        blocks,
-        reverse,
-        unroll is True or 1,
-    )
-    ys = jax.tree.map(lambda y: y.reshape(blocks * block, *y.shape[2:]), ys)
-    if rest:
-        carry, ys_rest = run(carry, remainder, rest)
-        parts = (ys_rest, ys) if reverse else (ys, ys_rest)
-        ys = jax.tree.map(lambda *y: jnp.concatenate(y), *parts)
-    return carry, ys
 
 
 def check_options(chunk: Any, remat: Any, method: Any) -> None:

@@ -1,8 +1,9 @@
 """The tangent of a loop over one block of time: a scan body again, and split like any other."""
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,34 +11,65 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxrnn._algebra import simplify
-from jaxrnn._block import Steps, run_block, run_invariant
+from jaxrnn._block import Steps, over_blocks, run_block, run_invariant
 from jaxrnn._fission import Loop, fission
-from jaxrnn._jaxpr import Program, Var, bind, dependents, read, slope_by_output, trace
+from jaxrnn._jaxpr import (
+    Equation,
+    Program,
+    Var,
+    bind,
+    dependents,
+    read,
+    slope_by_output,
+    split_p,
+    trace,
+    variables,
+)
 
 Array = jax.Array
+PyTree = Any
+
+
+class State(NamedTuple):
+    """Which rows hold a carry: before each step or, `late`, after it."""
+
+    rows: int
+    late: bool
 
 
 class Tangent:
-    """The tangent of a recurrence over one block, as a scan body that is split again."""
+    """The tangent of a body, as a body that is split again."""
 
     def __init__(
         self,
         program: Program,
-        kept: Sequence[Var],
         primals: Any,
-        states: Callable[[], list[Array]],
-        values: Sequence[Array],
         tangents: Any,
+        rows: Sequence[Array],
+        kept: Mapping[Var, int],
+        states: Sequence[State],
     ):
-        """Both `primals` and `tangents` are consts, the first carry, xs.
+        """Says what is known of each step.
 
-        `states` makes the rows of the carries, `values` are those of `kept`.
+        Args:
+            program: the body.
+            primals: its consts, its first carry, its xs.
+            tangents: theirs.
+            rows: what the steps made, arrays with a row per step.
+            kept: the variables that need not be computed again, and which of `rows` holds each.
+            states: which of `rows` holds each carry.
         """
         consts, carry, xs = primals
         t_consts, t_carry, t_xs = tangents
-        self.program, self.kept = program, kept
-        self.consts = list(consts)
-        self.carry, self.xs, self.states, self.values = list(carry), list(xs), states, list(values)
+        self.program, self.rows, self.kept, self.states = program, rows, kept, states
+        self.splits = only_split(program)
+        self.functions = {
+            self.splits[v].outvars[0]: e
+            for e in program.equations
+            for v in e.outvars
+            if v in self.splits
+        }
+        self.consts, self.carry, self.xs = list(consts), list(carry), list(xs)
         self.moving_consts = [i for i, t in enumerate(t_consts) if is_moving(t)]
         self.moving_carry = [i for i, c in enumerate(carry) if is_differentiable(c)]
         self.moving_xs = [i for i, t in enumerate(t_xs) if is_moving(t)]
@@ -48,10 +80,11 @@ class Tangent:
         ]
         self.t_xs = [t_xs[i] for i in self.moving_xs]
 
-    def run(self, steps: Steps) -> tuple[list[Array], list[Array]]:
+    def run(self, steps: Steps, block: int) -> tuple[list[Array], list[Array]]:
         """The tangents of the last carry and of ys, of the differentiable ones among them."""
         consts = [*self.consts, *self.t_consts]
-        t_xs, xs, values = ([rows[0] for rows in r] for r in (self.t_xs, self.xs, self.values))
+        values = [self.rows[i] for i in self.kept.values()]
+        t_xs, xs, values = ([rows[0] for rows in r] for r in (self.t_xs, self.xs, values))
         example = [*consts, *self.t_carry, *t_xs, *xs, *self.carry, *values]
         traced = trace(self._step, *example)
         consts = [*traced.consts, *consts]
@@ -85,13 +118,42 @@ class Tangent:
 
         invariant = run_invariant(plan, consts)
 
-        # What is only arranged anew is not kept for the backward pass besides what it is made of.
-        @functools.partial(jax.checkpoint, prevent_cse=False)
-        def block(carry: list[Array], t_xs: list[Array]) -> tuple[list[Array], list[Array]]:
-            xs = [*t_xs, *self.xs, *self.states(), *self.values]
-            return run_block(plan, invariant, carry, xs, steps, run_loop)
+        def run(carry: list[Array], x: PyTree, steps: Steps) -> tuple[list[Array], list[Array]]:
+            # What is only arranged anew is not kept for the gradient beside what it is made of.
+            @functools.partial(jax.checkpoint, prevent_cse=False)
+            def block(
+                carry: list[Array], t_xs: list[Array], index: Array
+            ) -> tuple[list[Array], list[Array]]:
+                xs = [*t_xs, *self._known(index, steps)]
+                return run_block(plan, invariant, carry, xs, steps, run_loop)
 
-        return block(self.t_carry, self.t_xs)
+            return block(carry, *x)
+
+        rows = (self.t_xs, jnp.arange(steps.length))
+        return over_blocks(run, self.t_carry, rows, steps, block, False)
+
+    def _known(self, index: Array, steps: Steps) -> list[Array]:
+        """What is known of a block of steps: its xs, the carry before each, what is kept."""
+
+        def of_block(rows: Array) -> Array:
+            return lax.dynamic_slice_in_dim(
+                rows, index[0], steps.length, allow_negative_indices=False
+            )
+
+        rows = list(map(of_block, self.rows))
+        states = [
+            _one_before(rows[held], self._edge(i, index, steps), steps) if late else rows[held]
+            for i, (held, late) in enumerate(self.states)
+        ]
+        return [*map(of_block, self.xs), *states, *(rows[i] for i in self.kept.values())]
+
+    def _edge(self, i: int, index: Array, steps: Steps) -> Array:
+        """The carry at the start of a block, of which the rows after each step are there."""
+        first, rows = self.carry[i], self.rows[self.states[i].rows]
+        if steps.length == len(rows):
+            return first
+        before = index[-1] + 1 if steps.reverse else index[0] - 1
+        return jnp.where((before >= 0) & (before < len(rows)), rows[before], first)
 
     def _step(self, *args: Array) -> list[Array]:
         """The tangents of one step's new carry and y, from everything that it may depend on."""
@@ -118,29 +180,48 @@ class Tangent:
             known = dict(zip(self.kept, values, strict=True))
             for equation in self.program.equations:
                 operands = [read(env, a) for a in equation.invars]
-                slope = slope_by_output(equation) if equation.outvars[0] in known else None
-                origins = operands if slope else bind(equation, operands)
-                for v, origin in zip(equation.outvars, origins, strict=True):
-                    env[v] = _known(slope or _as_it_is, known[v], origin) if v in known else origin
+                results = self._results(equation, operands, known)
+                env.update(zip(equation.outvars, results, strict=True))
             outs = [jnp.asarray(read(env, a)) for a in self.program.outvars]
             return [out for out in outs if is_differentiable(out)]
 
         primals = [inputs[i] for i in moving]
         return jax.jvp(outputs, primals, [*t_consts, *t_carry, *t_xs])[1]
 
+    def _results(
+        self, equation: Equation, operands: list[Array], known: Mapping[Var, Array]
+    ) -> list[Array]:
+        """The results of `equation`; of those that are known only the derivative is made."""
+        first = equation.outvars[0]
+        if first in self.splits and self.splits[first].outvars[0] in known:
+            return operands  # z, not f(z): what is known are the parts of f(z), by parts of z
+        function = self.functions.get(first, equation)
+        slope = slope_by_output(function) if first in known else None
+        by_output = slope is not None and function is equation
+        origins = operands if by_output else bind(equation, operands)
+        return [
+            _with_slope(slope or _as_it_is, known[v], origin) if v in known else origin
+            for v, origin in zip(equation.outvars, origins, strict=True)
+        ]
+
 
 Slope = Callable[[Array, Array], Array]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _known(_slope: Slope, value: Array, _origin: Array) -> Array:
+def _with_slope(_slope: Slope, value: Array, _origin: Array) -> Array:
     """`value`, whose derivative is `_slope(value, derivative of _origin)`."""
     return value
 
 
-@_known.defjvp
-def _known_jvp(slope: Slope, primals: Any, tangents: Any) -> Any:
+@_with_slope.defjvp
+def _with_slope_jvp(slope: Slope, primals: Any, tangents: Any) -> Any:
     return primals[0], slope(primals[0], tangents[1])
+
+
+def _one_before(rows: Array, first: Array, steps: Steps) -> Array:
+    """For every step the row of the step before it, and `first` for the first."""
+    return jnp.concatenate([rows[1:], first[None]] if steps.reverse else [first[None], rows[:-1]])
 
 
 def _as_it_is(_value: Array, tangent: Array) -> Array:
@@ -154,6 +235,23 @@ def _split(values: Sequence[Any], *sizes: int) -> list[list[Any]]:
         parts.append(list(values[start : start + size]))
         start += size
     return [*parts, list(values[start:])]
+
+
+def only_split(program: Program) -> dict[Var, Equation]:
+    """For results that tell their derivative and that one split alone reads, this split.
+
+    Since `split(f(z)) = f(split(z))`, the parts tell the derivative as well.
+    """
+    readers = Counter(a for e in program.equations for a in variables(e.invars))
+    readers.update(variables(program.outvars))
+    results = {e.outvars[0] for e in program.equations if slope_by_output(e) is not None}
+    return {
+        v: e
+        for e in program.equations
+        if e.primitive is split_p()
+        for v in variables(e.invars)
+        if v in results and readers[v] == 1
+    }
 
 
 def is_differentiable(value: Any) -> bool:

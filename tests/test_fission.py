@@ -56,6 +56,7 @@ def programs(name, scan=jaxrnn.scan, **flags):
 ONE_PRODUCT = [
     "elman_cell",
     "gru_reset_after",
+    "lstm_activated_before_the_split",
     "lstm_concatenated",
     "lstm_concatenated_with_ones",
     "lstm_four_matmuls",
@@ -154,6 +155,29 @@ def test_gates_are_not_computed_again_for_the_gradient():
     forward, gradient = programs("lstm_split", **SPLIT)
     assert (count(forward, LOGISTIC), count(forward, TANH)) == (3, 2)
     assert (count(gradient, LOGISTIC), count(gradient, TANH)) == (3, 2 + 1)
+
+
+def test_gates_activated_before_their_split_are_kept_as_their_parts():
+    """The transposed loop then reads whole rows, and writes one row for all gates."""
+    name = "lstm_activated_before_the_split"
+    forward, gradient = programs(name, **SPLIT)
+    assert (count(forward, TANH), count(gradient, TANH)) == (2, 2 + 1)
+    last = list(loops(gradient))[-1]
+    samples, units = last.outvars[0].aval.shape
+    part, whole = (samples, units), (samples, 4 * units)
+    assert [v.aval.shape for v in last.outvars] == [part, part, whole]
+    assert all(v.aval.shape == part for v in last.invars[1:])
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_rows_are_written_where_they_stay(reverse):
+    """No block stacks ys of its own, which the loop over blocks would copy."""
+    for program in programs("lstm_split", **SPLIT, reverse=reverse):
+        scans = [e for e, _ in equations(program) if e.primitive is SCAN]
+        over_blocks, over_steps = scans[:2]
+        for equation in (over_blocks, over_steps):
+            shapes = [v.aval.shape for v in equation.outvars]
+            assert {shape[0] for shape in shapes if len(shape) > 2} == {TIME}
 
 
 def test_rematerialisation_repeats_the_forward_pass_and_no_more():
