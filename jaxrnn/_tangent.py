@@ -118,34 +118,32 @@ class Tangent:
 
         invariant = run_invariant(plan, consts)
 
+        sliced = {i: rows for i, rows in enumerate(self.t_xs) if _adds_in_place(rows)}
+        blocked = {i: rows for i, rows in enumerate(self.t_xs) if i not in sliced}
+
         def run(carry: list[Array], x: PyTree, steps: Steps) -> tuple[list[Array], list[Array]]:
             # What is only arranged anew is not kept for the gradient beside what it is made of.
             @functools.partial(jax.checkpoint, prevent_cse=False)
             def block(
-                carry: list[Array], t_xs: list[Array], index: Array
+                carry: list[Array], t_xs: dict[int, Array], index: Array
             ) -> tuple[list[Array], list[Array]]:
-                xs = [*t_xs, *self._known(index, steps)]
+                t_xs = t_xs | {i: _block_of(rows, index, steps) for i, rows in sliced.items()}
+                xs = [*(t_xs[i] for i in sorted(t_xs)), *self._known(index, steps)]
                 return run_block(plan, invariant, carry, xs, steps, run_loop)
 
             return block(carry, *x)
 
-        rows = (self.t_xs, jnp.arange(steps.length))
+        rows = (blocked, jnp.arange(steps.length))
         return over_blocks(run, self.t_carry, rows, steps, block, False)
 
     def _known(self, index: Array, steps: Steps) -> list[Array]:
         """What is known of a block of steps: its xs, the carry before each, what is kept."""
-
-        def of_block(rows: Array) -> Array:
-            return lax.dynamic_slice_in_dim(
-                rows, index[0], steps.length, allow_negative_indices=False
-            )
-
-        rows = list(map(of_block, self.rows))
+        xs, rows = ([_block_of(r, index, steps) for r in group] for group in (self.xs, self.rows))
         states = [
             _one_before(rows[held], self._edge(i, index, steps), steps) if late else rows[held]
             for i, (held, late) in enumerate(self.states)
         ]
-        return [*map(of_block, self.xs), *states, *(rows[i] for i in self.kept.values())]
+        return [*xs, *states, *(rows[i] for i in self.kept.values())]
 
     def _edge(self, i: int, index: Array, steps: Steps) -> Array:
         """The carry at the start of a block, of which the rows after each step are there."""
@@ -217,6 +215,19 @@ def _with_slope(_slope: Slope, value: Array, _origin: Array) -> Array:
 @_with_slope.defjvp
 def _with_slope_jvp(slope: Slope, primals: Any, tangents: Any) -> Any:
     return primals[0], slope(primals[0], tangents[1])
+
+
+def _adds_in_place(rows: Array) -> bool:
+    """Whether the cotangent of a block is added to that of all `rows` in place.
+
+    The transpose of a slice is a sum with zeros around it, of which XLA makes an update of the
+    slice alone; not so for dtypes that it converts to a wider one first.
+    """
+    return rows.dtype in (jnp.float32, jnp.float64)
+
+
+def _block_of(rows: Array, index: Array, steps: Steps) -> Array:
+    return lax.dynamic_slice_in_dim(rows, index[0], steps.length, allow_negative_indices=False)
 
 
 def _one_before(rows: Array, first: Array, steps: Steps) -> Array:

@@ -140,6 +140,8 @@ def gru(
 
     def step(params: Params) -> Step:
         kernel, recurrent_kernel, bias = form.read(params)
+        halves = (0.5, 0.5, 1.0)
+        kernel, recurrent_kernel, bias = _halved(halves, units, kernel, recurrent_kernel, bias)
         input_bias, recurrent_bias = jnp.broadcast_to(bias, (2, 3 * units))
 
         def gru_step(input_t: Array, states: Sequence[Array]) -> tuple[Array, list[Array]]:
@@ -148,7 +150,7 @@ def gru(
             from_state = h.astype(kernel.dtype) @ recurrent_kernel + recurrent_bias
             input_gates, input_candidate = jnp.split(from_input, [2 * units], axis=-1)
             state_gates, state_candidate = jnp.split(from_state, [2 * units], axis=-1)
-            z, r = jnp.split(_sigmoid(input_gates + state_gates), 2, axis=-1)
+            z, r = map(_sigmoid, jnp.split(jnp.tanh(input_gates + state_gates), 2, axis=-1))
             candidate = jnp.tanh(input_candidate + r * state_candidate)
             wide = _wider(kernel.dtype, h.dtype)
             z, candidate = z.astype(wide), candidate.astype(wide)
@@ -211,17 +213,15 @@ def lstm(
 
     def step(params: Params) -> Step:
         kernel, recurrent_kernel, bias = form.read(params)
-        # sigmoid(z) = tanh(z / 2) / 2 + 1/2: with the halves in the weights, one tanh over [B, 4H]
-        # gives all four activations, before the split.
-        half = jnp.repeat(jnp.array([0.5, 0.5, 1, 0.5], kernel.dtype), units)
-        kernel, recurrent_kernel, bias = kernel * half, recurrent_kernel * half, bias * half
+        halves = (0.5, 0.5, 1.0, 0.5)
+        kernel, recurrent_kernel, bias = _halved(halves, units, kernel, recurrent_kernel, bias)
 
         def lstm_step(input_t: Array, states: Sequence[Array]) -> tuple[Array, list[Array]]:
             x, (h, c) = form.arguments(kernel, input_t, states)
             z = (x @ kernel + bias) + h.astype(kernel.dtype) @ recurrent_kernel
             wide = _wider(kernel.dtype, c.dtype)
             i, f, g, o = (gate.astype(wide) for gate in jnp.split(jnp.tanh(z), 4, axis=-1))
-            i, f, o = (gate * 0.5 + 0.5 for gate in (i, f, o))
+            i, f, o = map(_sigmoid, (i, f, o))
             c_new = f * c.astype(wide) + i * g
             h_new = o * jnp.tanh(c_new)
             return h_new.astype(kernel.dtype), [h_new.astype(h.dtype), c_new.astype(c.dtype)]
@@ -328,8 +328,17 @@ def _wider(a: DTypeLike, b: DTypeLike) -> DTypeLike:
         return jnp.promote_types(a, b)
 
 
-def _sigmoid(z: Array) -> Array:
-    return jnp.tanh(z * 0.5) * 0.5 + 0.5
+def _halved(gates: tuple[float, ...], units: int, *weights: Array) -> list[Array]:
+    """Weights of which some gates' columns are halved, as `_sigmoid` wants them."""
+    return [w * jnp.repeat(jnp.array(gates, w.dtype), units) for w in weights]
+
+
+def _sigmoid(tanh_of_half: Array) -> Array:
+    """sigmoid(z) = tanh(z / 2) / 2 + 1/2.
+
+    With the halves in the weights one tanh over all gates, before they are split, is enough.
+    """
+    return tanh_of_half * 0.5 + 0.5
 
 
 def _form(

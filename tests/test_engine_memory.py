@@ -1,5 +1,7 @@
 """What the engine keeps for the backward pass, in bytes."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,3 +94,19 @@ def test_rematerialisation_needs_a_twentieth_of_the_memory_at_8192_steps():
 def test_the_gradient_in_blocks_needs_less_memory_than_that_of_lax_scan():
     plain = scratch_bytes(lax.scan, 512)
     assert scratch_bytes(jaxrnn.scan, 512, chunk=32) <= 0.75 * plain
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("flags", [{}, {"remat": True}])
+def test_input_gradients_are_written_block_by_block(dtype, flags):
+    """The compiled program never adds arrays of all steps, once per block."""
+    run, operands = problem(64)
+    p, init, xs = jax.tree.map(lambda leaf: leaf.astype(dtype), operands)
+
+    def loss(xs):
+        _, ys = run(jaxrnn.scan, p, init, xs, chunk=8, method="sequential", **flags)
+        return ys.astype("float32").sum()
+
+    text = jax.jit(jax.grad(loss)).lower(xs).compile().as_text()
+    assert f"[64,{BATCH},1]" in text
+    assert not re.search(rf"= \w+\[64,{BATCH},1\]\S* add\(", text)
