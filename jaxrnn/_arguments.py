@@ -37,7 +37,7 @@ class Operands(NamedTuple):
     """The array arguments of `rnn` in normal form.
 
     Attributes:
-        inputs: pytree of arrays `[T, B, ...]`.
+        inputs: pytree of arrays `[B, T, ...]`, or `[T, B, ...]` where time comes first.
         states: a list, a tuple or any other pytree, as the step wants to see it.
         constants: list or tuple of pytrees, maybe empty.
         valid: `[T, B]`, bool; None when every step counts.
@@ -89,10 +89,9 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def normalize_unroll(unroll: Any, inputs: PyTree) -> bool | int:
+def normalize_unroll(unroll: Any, time: Any) -> bool | int:
     """`unroll` as `lax.scan` takes it."""
     if isinstance(unroll, bool | np.bool_):
-        time = jax.tree.leaves(inputs)[0].shape[0]
         if unroll and not isinstance(time, int):
             raise ValueError(
                 f"unroll=True needs a fixed number of timesteps, but the time axis of inputs has "
@@ -164,8 +163,7 @@ def _normalize_inputs(inputs: PyTree, time_major: bool) -> tuple[PyTree, Any, An
         raise ValueError(
             f"{first_name} has shape {first.shape}: no timesteps; expected T >= 1 in {axes}."
         )
-    time_first = [array if time_major else jnp.moveaxis(array, 1, 0) for _, array in arrays]
-    return jax.tree.unflatten(structure, time_first), batch, time
+    return jax.tree.unflatten(structure, [array for _, array in arrays]), batch, time
 
 
 def _normalize_constants(constants: PyTree) -> PyTree:

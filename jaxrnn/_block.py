@@ -186,6 +186,7 @@ def run_in_place(
     consts: Sequence[Array],
     carry: Sequence[Array],
     xs: Sequence[Array],
+    axes: Sequence[int],
     steps: Steps,
     block: int,
 ) -> tuple[list[Array], list[Array]]:
@@ -199,6 +200,7 @@ def run_in_place(
         consts: what the body closes over.
         carry: the first carry.
         xs: arrays with a row per step.
+        axes: the axis of time of each of `xs`.
         steps: all of them.
         block: timesteps per block.
 
@@ -207,20 +209,35 @@ def run_in_place(
     """
     invariant = run_invariant(plan, consts)
     if block == steps.length:
-        return run_block(plan, invariant, carry, xs, steps, _run_loop)
+        rows = time_first(xs, axes)
+        return run_block(plan, invariant, carry, rows, steps, _run_loop)
     outs = plan.body.outvars[plan.carry :]
 
-    def run(state: PyTree, x: PyTree, steps: Steps) -> tuple[PyTree, None]:
-        (carry, whole), (index, xs) = state, x
+    def run(state: PyTree, index: Array, steps: Steps) -> tuple[PyTree, None]:
+        carry, whole = state
         writer = _Writer(outs, whole, index[0])
-        carry, ys = run_block(plan, invariant, carry, xs, steps, writer.run_loop)
+        rows = [block_of(x, axis, index, steps) for x, axis in zip(xs, axes, strict=True)]
+        carry, ys = run_block(plan, invariant, carry, rows, steps, writer.run_loop)
         writer.write_missing(ys)
         return (carry, writer.whole), None
 
     # Arrays that begin alike would be made once and copied.
     whole = [empty_rows(v, steps.length, i) for i, v in enumerate(outs)]
-    rows = (jnp.arange(steps.length), list(xs))
-    return over_blocks(run, (list(carry), whole), rows, steps, block, False)[0]
+    index = jnp.arange(steps.length)
+    return over_blocks(run, (list(carry), whole), index, steps, block, False)[0]
+
+
+def block_of(rows: Array, axis: int, index: Array, steps: Steps) -> Array:
+    """The rows of a block, those of `index`, from `rows` of which `axis` is time."""
+    taken = lax.dynamic_slice_in_dim(
+        rows, index[0], steps.length, axis, allow_negative_indices=False
+    )
+    return time_first([taken], [axis])[0]
+
+
+def time_first(rows: Sequence[Array], axes: Sequence[int]) -> list[Array]:
+    """`rows` with time, of each on its axis, on the first."""
+    return [jnp.moveaxis(x, axis, 0) if axis else x for x, axis in zip(rows, axes, strict=True)]
 
 
 class _Writer:

@@ -46,7 +46,13 @@ def explain(
     """
     lines: list[str] = []
 
-    def listen(body: Callable[..., Any], init: PyTree, xs: PyTree, **options: Any) -> Any:
+    def listen(
+        body: Callable[..., Any], init: PyTree, xs: PyTree, axes: Sequence[int], **options: Any
+    ) -> Any:
+        xs = tuple(
+            jax.tree.map(lambda leaf, axis=axis: jnp.moveaxis(leaf, axis, 0), part)
+            for part, axis in zip(xs, axes, strict=True)
+        )
         lines.extend(_report(body, init, xs, **options))
         return lax.scan(body, init, xs)
 
@@ -129,7 +135,7 @@ def _kept_bytes(split: Split, xs: PyTree, steps: Steps, block: int, remat: bool)
     carry, rows = split.carry, jax.tree.leaves(xs)
 
     def ours(consts: Sequence[Array], carry: list[Array], rows: list[Array]) -> PyTree:
-        return run_split(split.plan, consts, carry, rows, steps, block, remat)
+        return run_split(split.plan, consts, carry, rows, [0] * len(rows), steps, block, remat)
 
     def theirs(consts: Sequence[Array], carry: list[Array], rows: list[Array]) -> PyTree:
         return run_plain(split.traced.program, consts, carry, rows, steps)

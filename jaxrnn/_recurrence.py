@@ -27,6 +27,7 @@ from jaxrnn._block import (
     run_in_place,
     run_invariant,
     run_plain,
+    time_first,
 )
 from jaxrnn._fission import Loop, Plan, fission
 from jaxrnn._jaxpr import (
@@ -52,6 +53,7 @@ def run_split(
     consts: Sequence[Array],
     carry: Sequence[Array],
     xs: Sequence[Array],
+    axes: Sequence[int],
     steps: Steps,
     block: int,
     remat: bool,
@@ -63,6 +65,7 @@ def run_split(
         consts: what the body closes over.
         carry: the first carry.
         xs: arrays with a row per step.
+        axes: the axis of time of each of `xs`.
         steps: all of them.
         block: timesteps per block.
         remat: whether only the carries between blocks are kept for the backward pass.
@@ -74,15 +77,16 @@ def run_split(
     fixed, program = _varying(plan)
     hidden = any(map(hides_product, program.equations))
 
+    values = [invariant[v] for v in fixed]
+
     def run(carry: list[Array], xs: list[Array], steps: Steps) -> tuple[list[Array], list[Array]]:
         if hidden:
             return run_block(plan, invariant, carry, xs, steps, _run_loop)
-        values = [invariant[v] for v in fixed]
-        return _run(program, values, carry, xs, steps, min(block, steps.length))
+        return _run(program, values, carry, xs, [0] * len(xs), steps, steps.length)
 
     if hidden or remat:
-        return over_blocks(run, list(carry), list(xs), steps, block, remat)
-    return run(list(carry), list(xs), steps)
+        return over_blocks(run, list(carry), time_first(xs, axes), steps, block, remat)
+    return _run(program, values, carry, xs, axes, steps, block)
 
 
 def _varying(plan: Plan) -> tuple[list[Var], Program]:
@@ -109,7 +113,7 @@ def _run_loop(
     """
     if any(map(hides_product, loop.program.equations)):
         return run_plain(loop.program, consts, carry, xs, steps)
-    return _run(loop.program, consts, carry, xs, steps, steps.length)
+    return _run(loop.program, consts, carry, xs, [0] * len(xs), steps, steps.length)
 
 
 def _run(
@@ -117,6 +121,7 @@ def _run(
     consts: Sequence[Array],
     carry: Sequence[Array],
     xs: Sequence[Array],
+    axes: Sequence[int],
     steps: Steps,
     block: int,
 ) -> tuple[list[Array], list[Array]]:
@@ -128,7 +133,7 @@ def _run(
         consts: list[Array], carry: list[Array], xs: list[Array]
     ) -> tuple[list[Array], list[Array]]:
         plan = fission(program, n_consts, n_carry)
-        return run_in_place(plan, consts, carry, xs, steps, block)
+        return run_in_place(plan, consts, carry, xs, axes, steps, block)
 
     def rule(primals: Any, tangents: Any) -> Any:
         consts, carry, xs = primals
@@ -141,14 +146,14 @@ def _run(
         for before, after in zip(old, new, strict=True):
             rows += [] if before in rows or after in rows else [before]
         keeping = program.cut(program.invars, [*new, *rows], program.equations)
-        last, made = _run(keeping, consts, carry, xs, steps, block)
+        last, made = _run(keeping, consts, carry, xs, axes, steps, block)
 
         states = [
             State(rows.index(after if before not in rows else before), before not in rows)
             for before, after in zip(old, new, strict=True)
         ]
         where = {v: rows.index(v) for v in kept}
-        tangent = Tangent(program, primals, tangents, made, where, states)
+        tangent = Tangent(program, primals, tangents, axes, made, where, states)
         t_last, t_ys = tangent.run(steps, block)
         ys = made[: len(yielded)]
         return (last, ys), (_fill(last, t_last), _fill(ys, t_ys))

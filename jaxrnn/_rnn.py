@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxrnn import _arguments, _masking
 from jaxrnn._arguments import Operands, Options, Step
 from jaxrnn._jaxpr import explicit_spec, zeros_of
-from jaxrnn._scan import check_options, scan
+from jaxrnn._scan import check_options, scan_along
 
 Array = jax.Array
 PyTree = Any
@@ -140,9 +140,10 @@ def prepare(
     operands = _arguments.normalize_operands(
         inputs, initial_states, constants, mask, input_length, reset, time_major
     )
+    time = jax.tree.leaves(operands.inputs)[0].shape[0 if time_major else 1]
     options = Options(
         go_backwards=_arguments.flag("go_backwards", go_backwards),
-        unroll=_arguments.normalize_unroll(unroll, operands.inputs),
+        unroll=_arguments.normalize_unroll(unroll, time),
         time_major=time_major,
         zero_output_for_mask=_arguments.flag("zero_output_for_mask", zero_output_for_mask),
         return_all_outputs=_arguments.flag("return_all_outputs", return_all_outputs),
@@ -157,10 +158,12 @@ def run(
     step_function: Step,
     options: Options,
     operands: Operands,
-    scan: Callable[..., tuple[PyTree, PyTree]] = scan,
+    scan: Callable[..., tuple[PyTree, PyTree]] = scan_along,
 ) -> Result:
     """`rnn` from its normal form on; `scan` is there for `explain` to listen at."""
-    inputs, states, constants, valid, reset = operands
+    lying, states, constants, valid, reset = operands
+    axis = 0 if options.time_major else 1
+    inputs = jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0), lying)
     step = _arguments.checked_step(step_function, states, constants)
     output_like, states_like, output_is_state = _trace_step(step, inputs, states)
     states = jax.tree.map(_placed, states, states_like)
@@ -203,20 +206,34 @@ def run(
     (new_states, held), outputs = scan(
         body,
         (states, held),
-        (inputs, valid, reset),
+        (lying, valid, reset),
+        (axis, 0, 0),
         reverse=options.go_backwards,
         unroll=options.unroll,
         chunk=chunk,
         remat=options.remat,
         method=options.method,
     )
-    last = 0 if options.go_backwards else -1
+    remembered = None
     if hold:
-        last_output = held if carry_output else _first_state(new_states)
-        if valid is not None and options.zero_output_for_mask:
-            last_output = _masking.zero_unless(jnp.any(valid, axis=0), last_output)
-    else:
+        remembered = held if carry_output else _first_state(new_states)
+    return *_assemble(options, valid, remembered, outputs), new_states
+
+
+def _assemble(
+    options: Options, valid: Array | None, remembered: PyTree, outputs: PyTree
+) -> tuple[PyTree, PyTree]:
+    """The last output and all outputs, as the caller wants them.
+
+    Without an output that was `remembered` the last one is the last of all; without all of them
+    the last one stands for them.
+    """
+    last = 0 if options.go_backwards else -1
+    last_output = remembered
+    if remembered is None:
         last_output = jax.tree.map(lambda y: y[last], outputs)
+    elif valid is not None and options.zero_output_for_mask:
+        last_output = _masking.zero_unless(jnp.any(valid, axis=0), remembered)
     if not options.return_all_outputs:
         outputs = last_output
         if valid is not None and options.zero_output_for_mask:
@@ -226,7 +243,7 @@ def run(
         outputs = jax.tree.map(lambda y: jnp.flip(y, 0), outputs)
     if not options.time_major:
         outputs = jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1), outputs)
-    return last_output, outputs, new_states
+    return last_output, outputs
 
 
 def _compiled(step_function: Step) -> Callable[[Options, Operands], Result]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxrnn._algebra import simplify
-from jaxrnn._block import Steps, over_blocks, run_plain
+from jaxrnn._block import Steps, over_blocks, run_plain, time_first
 from jaxrnn._fission import Plan, fission
 from jaxrnn._jaxpr import (
     Atom,
@@ -73,7 +73,32 @@ def scan(
     Raises:
         ValueError: for an option that does not fit; and what `jax.lax.scan` raises.
     """
+    return scan_along(
+        f, init, xs, 0, length, reverse, unroll, chunk=chunk, remat=remat, method=method
+    )
+
+
+def scan_along(
+    f: Body,
+    init: PyTree,
+    xs: PyTree,
+    axes: PyTree,
+    length: int | None = None,
+    reverse: bool = False,
+    unroll: int | bool = 1,
+    *,
+    chunk: int | str | None,
+    remat: bool,
+    method: str,
+) -> tuple[PyTree, PyTree]:
+    """`scan`, with time of xs on the axes that `axes` tells for each leaf, or for whole subtrees.
+
+    Blocks are cut from xs as they lie in memory; time is brought to the first axis block by block.
+    """
     check_options(chunk, remat, method)
+    lying, tree = jax.tree.flatten(xs)
+    axes = jax.tree.leaves(jax.tree.map(lambda a, x: jax.tree.map(lambda _: a, x), axes, xs))
+    xs = jax.tree.unflatten(tree, time_first(lying, axes))
     time = _time(xs, length)
     if time is None or not callable(f):
         # Symbolic, and then it cannot be unrolled in groups; or a mistake that it complains about.
@@ -85,19 +110,20 @@ def scan(
         return lax.scan(f, init, xs, length, reverse, unroll)
 
     block = block_length(chunk, remat, time, split)
+    steps = Steps(time, reverse, unroll)
     if split is None:
 
         def run_plainly(carry: PyTree, xs: PyTree, steps: Steps) -> tuple[PyTree, PyTree]:
             return lax.scan(f, carry, xs, *steps)
 
-        return over_blocks(run_plainly, init, xs, Steps(time, reverse, unroll), block, remat)
+        return over_blocks(run_plainly, init, xs, steps, block, remat)
 
-    steps = Steps(time, reverse, unroll)
-    rows = jax.tree.leaves(xs)
     if only_for_gradients(split.plan, chunk, remat, method):
-        carry, ys = _run_for_gradients(split, rows, steps, block)
+        carry, ys = _run_for_gradients(split, lying, axes, steps, block)
     else:
-        carry, ys = run_split(split.plan, split.consts, split.carry, rows, steps, block, remat)
+        carry, ys = run_split(
+            split.plan, split.consts, split.carry, lying, axes, steps, block, remat
+        )
     carry_tree, ys_tree = split.traced.out_tree.children()
     return jax.tree.unflatten(carry_tree, carry), jax.tree.unflatten(ys_tree, ys)
 
@@ -115,7 +141,7 @@ class Split(NamedTuple):
 
 
 def _run_for_gradients(
-    split: Split, xs: list[Array], steps: Steps, block: int
+    split: Split, xs: list[Array], axes: list[int], steps: Steps, block: int
 ) -> tuple[list[Array], list[Array]]:
     """`lax.scan` over the body as it was, and `run_split` as soon as a derivative is taken."""
 
@@ -124,7 +150,7 @@ def _run_for_gradients(
         consts: list[Any], carry: list[Array], xs: list[Array]
     ) -> tuple[list[Array], list[Array]]:
         before = consts[len(consts) - len(split.traced.consts) :]
-        return run_plain(split.traced.program, before, carry, xs, steps)
+        return run_plain(split.traced.program, before, carry, time_first(xs, axes), steps)
 
     def rule(primals: Any, tangents: Any) -> Any:
         values, tree = jax.tree.flatten(primals)
@@ -135,7 +161,7 @@ def _run_for_gradients(
             given = dict(zip(moving, moved, strict=True))
             placed = [given.get(i, value) for i, value in enumerate(values)]
             consts, carry, xs = jax.tree.unflatten(tree, placed)
-            return run_split(split.plan, consts, carry, xs, steps, block, False)
+            return run_split(split.plan, consts, carry, xs, axes, steps, block, False)
 
         return jax.jvp(of, [values[i] for i in moving], [slopes[i] for i in moving])
 

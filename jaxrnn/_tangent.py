@@ -11,7 +11,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxrnn._algebra import simplify
-from jaxrnn._block import Steps, over_blocks, run_block, run_invariant
+from jaxrnn._block import Steps, block_of, over_blocks, run_block, run_invariant, time_first
 from jaxrnn._fission import Loop, fission
 from jaxrnn._jaxpr import (
     Equation,
@@ -45,6 +45,7 @@ class Tangent:
         program: Program,
         primals: Any,
         tangents: Any,
+        axes: Sequence[int],
         rows: Sequence[Array],
         kept: Mapping[Var, int],
         states: Sequence[State],
@@ -55,6 +56,7 @@ class Tangent:
             program: the body.
             primals: its consts, its first carry, its xs.
             tangents: theirs.
+            axes: the axis of time of each of the xs.
             rows: what the steps made, arrays with a row per step.
             kept: the variables that need not be computed again, and which of `rows` holds each.
             states: which of `rows` holds each carry.
@@ -79,12 +81,16 @@ class Tangent:
             for i in self.moving_carry
         ]
         self.t_xs = [t_xs[i] for i in self.moving_xs]
+        self.axes, self.t_axes = axes, [axes[i] for i in self.moving_xs]
 
     def run(self, steps: Steps, block: int) -> tuple[list[Array], list[Array]]:
         """The tangents of the last carry and of ys, of the differentiable ones among them."""
         consts = [*self.consts, *self.t_consts]
-        values = [self.rows[i] for i in self.kept.values()]
-        t_xs, xs, values = ([rows[0] for rows in r] for r in (self.t_xs, self.xs, values))
+        values = [self.rows[i][0] for i in self.kept.values()]
+        t_xs, xs = (
+            [rows[0] for rows in time_first(*group)]
+            for group in ((self.t_xs, self.t_axes), (self.xs, self.axes))
+        )
         example = [*consts, *self.t_carry, *t_xs, *xs, *self.carry, *values]
         traced = trace(self._step, *example)
         consts = [*traced.consts, *consts]
@@ -118,8 +124,10 @@ class Tangent:
 
         invariant = run_invariant(plan, consts)
 
-        sliced = {i: rows for i, rows in enumerate(self.t_xs) if _adds_in_place(rows)}
-        blocked = {i: rows for i, rows in enumerate(self.t_xs) if i not in sliced}
+        t_rows = dict(enumerate(zip(self.t_xs, self.t_axes, strict=True)))
+        sliced = {i: rows for i, rows in t_rows.items() if _adds_in_place(rows[0])}
+        blocked = dict(enumerate(time_first(self.t_xs, self.t_axes)))
+        blocked = {i: rows for i, rows in blocked.items() if i not in sliced}
 
         def run(carry: list[Array], x: PyTree, steps: Steps) -> tuple[list[Array], list[Array]]:
             # What is only arranged anew is not kept for the gradient beside what it is made of.
@@ -127,7 +135,7 @@ class Tangent:
             def block(
                 carry: list[Array], t_xs: dict[int, Array], index: Array
             ) -> tuple[list[Array], list[Array]]:
-                t_xs = t_xs | {i: _block_of(rows, index, steps) for i, rows in sliced.items()}
+                t_xs = t_xs | {i: block_of(*rows, index, steps) for i, rows in sliced.items()}
                 xs = [*(t_xs[i] for i in sorted(t_xs)), *self._known(index, steps)]
                 return run_block(plan, invariant, carry, xs, steps, run_loop)
 
@@ -138,7 +146,8 @@ class Tangent:
 
     def _known(self, index: Array, steps: Steps) -> list[Array]:
         """What is known of a block of steps: its xs, the carry before each, what is kept."""
-        xs, rows = ([_block_of(r, index, steps) for r in group] for group in (self.xs, self.rows))
+        xs = [block_of(x, axis, index, steps) for x, axis in zip(self.xs, self.axes, strict=True)]
+        rows = [block_of(r, 0, index, steps) for r in self.rows]
         states = [
             _one_before(rows[held], self._edge(i, index, steps), steps) if late else rows[held]
             for i, (held, late) in enumerate(self.states)
@@ -224,10 +233,6 @@ def _adds_in_place(rows: Array) -> bool:
     slice alone; not so for dtypes that it converts to a wider one first.
     """
     return rows.dtype in (jnp.float32, jnp.float64)
-
-
-def _block_of(rows: Array, index: Array, steps: Steps) -> Array:
-    return lax.dynamic_slice_in_dim(rows, index[0], steps.length, allow_negative_indices=False)
 
 
 def _one_before(rows: Array, first: Array, steps: Steps) -> Array:

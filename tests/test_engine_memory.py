@@ -110,3 +110,22 @@ def test_input_gradients_are_written_block_by_block(dtype, flags):
     text = jax.jit(jax.grad(loss)).lower(xs).compile().as_text()
     assert f"[64,{BATCH},1]" in text
     assert not re.search(rf"= \w+\[64,{BATCH},1\]\S* add\(", text)
+
+
+def test_inputs_are_not_turned_as_a_whole():
+    """Blocks are cut from `[B, T, D]` and put back there; no array `[T, B, D]` is ever made."""
+    batch, time, features, chunk = 3, 24, 5, 4
+    cell = jaxrnn.cells.lstm(16)
+    params = cell.init(jax.random.key(0), features)
+    states = cell.initial_states(batch)
+
+    def loss(params, inputs):
+        outputs = jaxrnn.rnn(cell.step(params), inputs, states, chunk=chunk, method="sequential")[1]
+        return (outputs**2).sum()
+
+    inputs = jnp.ones((batch, time, features))
+    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(params, inputs).compile()
+    text = compiled.as_text()
+    assert f"f32[{batch},{time},{features}]" in text
+    for turned in ([time, batch, features], [time // chunk, chunk, batch, features]):
+        assert f"f32[{','.join(map(str, turned))}]" not in text
