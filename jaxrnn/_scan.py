@@ -224,21 +224,26 @@ def _is_worthwhile(plan: Plan) -> bool:
 def only_for_gradients(plan: Plan, chunk: Any, remat: bool, method: str) -> bool:
     """Whether plain `lax.scan` has the results just as soon, and only a gradient gains.
 
-    Measured on a CPU: a product of 128 rows is as fast in a loop as outside of one, and so is a
-    convolution of up to 2**18 multiplications. If products stand in several loops, as in layers
-    written as one step, it takes two rows: a second loop costs what the moved products save.
+    Measured on a CPU: a product of 128 rows with a small matrix is as fast in a loop as outside of
+    one, and so is a convolution of up to 2**18 multiplications. If products stand in several loops,
+    as in layers written as one step, it takes two rows and the matrix may be large: a second loop
+    costs what the moved products save.
     """
     if remat or chunk != "auto" or method != "auto":
         return False
     loops = [stage.loop.program for stage in plan.stages if stage.loop is not None]
-    rows = 2 if sum(any(map(multiply_adds, loop.equations)) for loop in loops) > 1 else 128
-    for equation in filter(is_movable, filter(is_heavy, plan.body.equations)):
+    several = sum(any(map(multiply_adds, loop.equations)) for loop in loops) > 1
+    rows, small = (2, math.inf) if several else (128, 1 << 13)
+    if any(map(is_heavy, plan.invariant.equations)):
+        return False
+    for equation in filter(is_heavy, (e for s in plan.stages for e in s.program.equations)):
         work = multiply_adds(equation)
         fixed = [v for v in variables(equation.invars) if plan.times[v] == -1]
         if equation.primitive is conv_general_dilated_p:
             gains = work > 1 << 18
         else:
-            gains = not work or (fixed != [] and work < rows * math.prod(shape(fixed[0])))
+            size = math.prod(shape(fixed[0])) if fixed else 0
+            gains = not work or work < rows * size or size > small
         if gains:
             return False
     return True
@@ -279,13 +284,11 @@ def block_length(chunk: int | str | None, remat: bool, time: int, split: Split |
     assert split is not None
     plan = split.plan
     per_step = _bytes(v for s in plan.stages for v in s.program.outvars)
-    # Measured on a CPU: one block is faster as long as it takes no memory to speak of, that is, if
-    # its passes make no more than the steps do anyway, or are small beside the 32 MiB above which
-    # the memory of a program is mapped anew at every call. Else a block should stay in the cache.
-    if per_step <= _bytes(plan.body.outvars):
-        return time
     devices = jax.device_count()
     per_step //= devices  # as if split over all
+    # Measured on a CPU: one block is as fast as several or faster as long as its passes are small
+    # beside the 32 MiB above which the memory of a program is mapped anew at every call. Else a
+    # block should stay in the cache.
     if time * per_step <= 6 << 20:
         return time
     least = 4 if devices == 1 else 8  # with several, each block costs a reduction

@@ -292,7 +292,7 @@ def test_blocks_cover_time_with_a_shorter_one_last():
 
 
 def test_results_of_many_rows_come_from_the_plain_loop_and_gradients_do_not():
-    """128 rows make a product as fast inside a loop as outside of it."""
+    """128 rows make a product with a small matrix as fast inside a loop as outside of it."""
     rng = np.random.default_rng(0)
     w, u, x = (
         np.asarray(0.1 * rng.standard_normal(s), np.float32)
