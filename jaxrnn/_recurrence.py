@@ -76,7 +76,6 @@ def run_split(
     invariant = run_invariant(plan, consts)
     fixed, program = _varying(plan)
     hidden = any(map(hides_product, program.equations))
-
     values = [invariant[v] for v in fixed]
 
     def run(carry: list[Array], xs: list[Array], steps: Steps) -> tuple[list[Array], list[Array]]:
