@@ -1,7 +1,8 @@
 """`rnn`'s arguments brought into normal form, and every error that a caller can cause.
 
-Normal form is time-major, with arrays for array-likes and without weak types. Each error names the
-argument or the path of the state in question, what came, what was expected, and the remedy.
+Normal form has arrays for array-likes, no weak types, and flags with time first; inputs stay as
+they lie. Each error names the argument or the path of the state in question, what came, what was
+expected, and the remedy.
 """
 
 import operator

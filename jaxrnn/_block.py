@@ -209,13 +209,13 @@ def run_in_place(
     """
     invariant = run_invariant(plan, consts)
     if block == steps.length:
-        rows = time_first(xs, axes)
+        rows = list(map(time_first, xs, axes))
         return run_block(plan, invariant, carry, rows, steps, _run_loop)
     outs = plan.body.outvars[plan.carry :]
 
     def run(state: PyTree, index: Array, steps: Steps) -> tuple[PyTree, None]:
         carry, whole = state
-        writer = _Writer(outs, whole, index[0])
+        writer = _Writer(outs, whole, index)
         rows = [block_of(x, axis, index, steps) for x, axis in zip(xs, axes, strict=True)]
         carry, ys = run_block(plan, invariant, carry, rows, steps, writer.run_loop)
         writer.write_missing(ys)
@@ -232,19 +232,19 @@ def block_of(rows: Array, axis: int, index: Array, steps: Steps) -> Array:
     taken = lax.dynamic_slice_in_dim(
         rows, index[0], steps.length, axis, allow_negative_indices=False
     )
-    return time_first([taken], [axis])[0]
+    return time_first(taken, axis)
 
 
-def time_first(rows: Sequence[Array], axes: Sequence[int]) -> list[Array]:
-    """`rows` with time, of each on its axis, on the first."""
-    return [jnp.moveaxis(x, axis, 0) if axis else x for x, axis in zip(rows, axes, strict=True)]
+def time_first(rows: Array, axis: int) -> Array:
+    """`rows`, of which `axis` is time, with time on the first."""
+    return jnp.moveaxis(rows, axis, 0) if axis else rows
 
 
 class _Writer:
-    """Writes the rows `outs` of one block, which begins at `start`, into those of all steps."""
+    """Writes the rows `outs` of one block, those of `index`, into those of all steps."""
 
-    def __init__(self, outs: Sequence[Atom], whole: Sequence[Array], start: Array):
-        self.outs, self.whole, self.start = outs, list(whole), start
+    def __init__(self, outs: Sequence[Atom], whole: Sequence[Array], index: Array):
+        self.outs, self.whole, self.index = outs, list(whole), index
         self.missing = set(range(len(outs)))
 
     def run_loop(
@@ -259,26 +259,24 @@ class _Writer:
             outs = loop.program.run(*consts, *carry, *x)
             row: Env = dict(zip(loop.ys, outs[len(carry) :], strict=True))
             whole = [
-                _write(ys, row[self.outs[place]][None], self.start + i)
+                _write(ys, row[self.outs[place]][None], i)
                 for place, ys in zip(places, whole, strict=True)
             ]
             return (outs[: len(carry)], whole), [row[v] for v in others]
 
         state = (carry, [self.whole[place] for place in places])
-        (carry, whole), ys = lax.scan(step, state, (jnp.arange(steps.length), xs), *steps)
+        (carry, whole), ys = lax.scan(step, state, (self.index, xs), *steps)
         rows: Env = dict(zip(others, ys, strict=True))
         for place, written in zip(places, whole, strict=True):
             self.whole[place] = written
-            rows[self.outs[place]] = lax.dynamic_slice_in_dim(
-                written, self.start, steps.length, allow_negative_indices=False
-            )
+            rows[self.outs[place]] = block_of(written, 0, self.index, steps)
         self.missing.difference_update(places)
         return carry, [rows[v] for v in loop.ys]
 
     def write_missing(self, ys: Sequence[Array]) -> None:
         """Writes the rows of the block that no loop has written."""
         for place in self.missing:
-            self.whole[place] = _write(self.whole[place], ys[place], self.start)
+            self.whole[place] = _write(self.whole[place], ys[place], self.index[0])
 
 
 def _write(whole: Array, rows: Array, start: Array) -> Array:

@@ -1,5 +1,6 @@
 """`explain`: what became of a step, as text."""
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from jax import lax
 
 from jaxrnn import _jaxpr, _rnn
 from jaxrnn._arguments import Step
-from jaxrnn._block import Steps, run_plain
+from jaxrnn._block import Steps, run_plain, time_first
 from jaxrnn._fission import Plan
 from jaxrnn._jaxpr import Equation, Program
 from jaxrnn._recurrence import run_split
@@ -50,7 +51,7 @@ def explain(
         body: Callable[..., Any], init: PyTree, xs: PyTree, axes: Sequence[int], **options: Any
     ) -> Any:
         xs = tuple(
-            jax.tree.map(lambda leaf, axis=axis: jnp.moveaxis(leaf, axis, 0), part)
+            jax.tree.map(functools.partial(time_first, axis=axis), part)
             for part, axis in zip(xs, axes, strict=True)
         )
         lines.extend(_report(body, init, xs, **options))

@@ -58,21 +58,7 @@ def run_split(
     block: int,
     remat: bool,
 ) -> tuple[list[Array], list[Array]]:
-    """Runs a plan over blocks of time.
-
-    Args:
-        plan: the split body.
-        consts: what the body closes over.
-        carry: the first carry.
-        xs: arrays with a row per step.
-        axes: the axis of time of each of `xs`.
-        steps: all of them.
-        block: timesteps per block.
-        remat: whether only the carries between blocks are kept for the backward pass.
-
-    Returns:
-        The last carry, and ys with a row per step.
-    """
+    """As `run_in_place`, but differentiable; `remat` as in `over_blocks`."""
     invariant = run_invariant(plan, consts)
     fixed, program = _varying(plan)
     hidden = any(map(hides_product, program.equations))
@@ -84,7 +70,7 @@ def run_split(
         return _run(program, values, carry, xs, [0] * len(xs), steps, steps.length)
 
     if hidden or remat:
-        return over_blocks(run, list(carry), time_first(xs, axes), steps, block, remat)
+        return over_blocks(run, list(carry), list(map(time_first, xs, axes)), steps, block, remat)
     return _run(program, values, carry, xs, axes, steps, block)
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxrnn import _arguments, _masking
 from jaxrnn._arguments import Operands, Options, Step
+from jaxrnn._block import time_first
 from jaxrnn._jaxpr import explicit_spec, zeros_of
 from jaxrnn._scan import check_options, scan_along
 
@@ -163,7 +164,7 @@ def run(
     """`rnn` from its normal form on; `scan` is there for `explain` to listen at."""
     lying, states, constants, valid, reset = operands
     axis = 0 if options.time_major else 1
-    inputs = jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0), lying)
+    inputs = jax.tree.map(functools.partial(time_first, axis=axis), lying)
     step = _arguments.checked_step(step_function, states, constants)
     output_like, states_like, output_is_state = _trace_step(step, inputs, states)
     states = jax.tree.map(_placed, states, states_like)

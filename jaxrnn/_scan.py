@@ -98,7 +98,7 @@ def scan_along(
     check_options(chunk, remat, method)
     lying, tree = jax.tree.flatten(xs)
     axes = jax.tree.leaves(jax.tree.map(lambda a, x: jax.tree.map(lambda _: a, x), axes, xs))
-    xs = jax.tree.unflatten(tree, time_first(lying, axes))
+    xs = jax.tree.unflatten(tree, map(time_first, lying, axes))
     time = _time(xs, length)
     if time is None or not callable(f):
         # Symbolic, and then it cannot be unrolled in groups; or a mistake that it complains about.
@@ -150,7 +150,8 @@ def _run_for_gradients(
         consts: list[Any], carry: list[Array], xs: list[Array]
     ) -> tuple[list[Array], list[Array]]:
         before = consts[len(consts) - len(split.traced.consts) :]
-        return run_plain(split.traced.program, before, carry, time_first(xs, axes), steps)
+        rows = list(map(time_first, xs, axes))
+        return run_plain(split.traced.program, before, carry, rows, steps)
 
     def rule(primals: Any, tangents: Any) -> Any:
         values, tree = jax.tree.flatten(primals)

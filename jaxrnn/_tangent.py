@@ -1,4 +1,4 @@
-"""The tangent of a loop over one block of time: a scan body again, and split like any other."""
+"""The tangent of a body over blocks of time: a scan body again, and split like any other."""
 
 import functools
 from collections import Counter
@@ -88,7 +88,7 @@ class Tangent:
         consts = [*self.consts, *self.t_consts]
         values = [self.rows[i][0] for i in self.kept.values()]
         t_xs, xs = (
-            [rows[0] for rows in time_first(*group)]
+            [rows[0] for rows in map(time_first, *group)]
             for group in ((self.t_xs, self.t_axes), (self.xs, self.axes))
         )
         example = [*consts, *self.t_carry, *t_xs, *xs, *self.carry, *values]
@@ -126,8 +126,7 @@ class Tangent:
 
         t_rows = dict(enumerate(zip(self.t_xs, self.t_axes, strict=True)))
         sliced = {i: rows for i, rows in t_rows.items() if _adds_in_place(rows[0])}
-        blocked = dict(enumerate(time_first(self.t_xs, self.t_axes)))
-        blocked = {i: rows for i, rows in blocked.items() if i not in sliced}
+        blocked = {i: time_first(*rows) for i, rows in t_rows.items() if i not in sliced}
 
         def run(carry: list[Array], x: PyTree, steps: Steps) -> tuple[list[Array], list[Array]]:
             # What is only arranged anew is not kept for the gradient beside what it is made of.
