@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -25,8 +26,11 @@ def describe(device: str) -> dict[str, str | int]:
 
 
 def slug(machine: dict[str, str | int]) -> str:
-    """The machine's name in a file name: "cpu", "nvidia-h200"."""
-    return str(machine["device"]).lower().replace(" ", "-")
+    """The machine's name in a file name: "cpu-amd-epyc", "nvidia-h200"."""
+    device = str(machine["device"])
+    name = f"{device} {machine['cpu']}" if device == "cpu" else device
+    name = re.sub(r"\((r|tm)\)|\bprocessor\b|@.*", "", name.lower())
+    return "-".join(re.findall(r"[a-z0-9]+", name))
 
 
 def _cpu_model() -> str:

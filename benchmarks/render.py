@@ -38,6 +38,8 @@ def main() -> None:
 def documents(root: Path = ROOT) -> dict[Path, str]:
     """Every document made from results, with the text that it should hold.
 
+    The README shows the first machine with a kind of device in full, others in short.
+
     Args:
         root: the folder of README.md and of benchmarks/results.
 
@@ -48,7 +50,11 @@ def documents(root: Path = ROOT) -> dict[Path, str]:
     machines = _machines(directory)
     if not machines:
         return {}
-    sections = [tables.section(*pair) + _pictures(directory, pair) for pair in machines]
+    devices = [peers["machine"]["device"] for peers, _ in machines]
+    sections = [
+        _section(pair, in_full=device not in devices[:number])
+        for number, (pair, device) in enumerate(zip(machines, devices, strict=True))
+    ]
     full = [tables.in_full(*pair) for pair in machines]
     heading = "# All figures\n\nMade by `python -m benchmarks.render` from the files beside it."
     readme = root / "README.md"
@@ -64,16 +70,20 @@ def _machines(directory: Path) -> list[tuple[tables.Result, tables.Result | None
     return [(r, never_slower.get(slug(r["machine"]))) for r in results.load("peers", directory)]
 
 
-def _pictures(directory: Path, pair: tuple[tables.Result, tables.Result | None]) -> str:
+def _section(pair: tuple[tables.Result, tables.Result | None], in_full: bool) -> str:
     peers, never_slower = pair
     machine = slug(peers["machine"])
-    text = f"\n\n![Speed of all libraries on the grid](benchmarks/results/speed-{machine}.png)"
+    embedded = "!" * in_full
+    parts = [
+        (tables.section if in_full else tables.in_short)(peers, never_slower),
+        f"{embedded}[Speed of all libraries on the grid](benchmarks/results/speed-{machine}.png)",
+    ]
     if never_slower is not None:
-        text += (
-            f"\n\n[Each step](benchmarks/results/never_slower-{machine}.png) and "
+        parts.append(
+            f"[Each step](benchmarks/results/never_slower-{machine}.png) and "
             f"[all figures](benchmarks/results/{TABLES})."
         )
-    return text
+    return "\n\n".join(parts)
 
 
 def _between_markers(text: str, section: str) -> str:

@@ -33,20 +33,26 @@ def save(benchmark: str, quick: bool, facts: dict, versions: dict, body: dict) -
 
 
 def _commit() -> str:
-    """The commit that was measured, with "-dirty" behind it if the tree differed."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    try:
+    """The commit that was measured, with "-dirty" behind it if more than results differed."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
         return subprocess.run(
             command, cwd=DIRECTORY.parent, capture_output=True, text=True, check=True
         ).stdout.strip()
+
+    try:
+        changes = git("status", "--porcelain", "--", ":/", f":(exclude){DIRECTORY.name}")
+        return git("rev-parse", "--short", "HEAD") + "-dirty" * bool(changes)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
 def load(benchmark: str, directory: Path = DIRECTORY) -> list[dict[str, Any]]:
-    """The committed results of a benchmark, the CPU's first."""
-    paths = sorted(directory.glob(f"{benchmark}-*.json"), key=lambda p: (p.stem[-4:] != "-cpu", p))
-    return [json.loads(path.read_text()) for path in paths]
+    """The committed results of a benchmark, those of CPUs first."""
+    paths = sorted(directory.glob(f"{benchmark}-*.json"))
+    loaded = [json.loads(path.read_text()) for path in paths]
+    return sorted(loaded, key=lambda result: result["machine"]["device"] != "cpu")
 
 
 def speedup(slow_ms: list[float], fast_ms: list[float]) -> float:

@@ -49,6 +49,14 @@ def section(peers: Result, never_slower: Result | None) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def in_short(peers: Result, never_slower: Result | None) -> str:
+    """The README's words on one more machine of a kind that it has shown in full."""
+    parts = [f"### {title(peers)}", _summary(peers)]
+    if never_slower is not None:
+        parts.append(_never_slower_summary(never_slower))
+    return "\n\n".join(parts)
+
+
 def in_full(peers: Result, never_slower: Result | None) -> str:
     """Every figure of one machine."""
     parts = [f"## {title(peers)}", _versions(peers)]

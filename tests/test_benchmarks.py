@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import cases, clock, peers, problem, render, results
+from benchmarks import cases, clock, machine, peers, problem, render, results
 from benchmarks.naive import NAIVE, STATES
 from benchmarks.pool import WorkerError, workers
 from benchmarks.steps import STEPS, Draw, Size, gradient_of
@@ -216,8 +216,8 @@ def rendered(tmp_path):
     directory = tmp_path / "benchmarks" / "results"
     directory.mkdir(parents=True)
     against_peers, never_slower = synthetic_results()
-    (directory / "peers-cpu.json").write_text(json.dumps(against_peers))
-    (directory / "never_slower-cpu.json").write_text(json.dumps(never_slower))
+    (directory / "peers-cpu-example-9000.json").write_text(json.dumps(against_peers))
+    (directory / "never_slower-cpu-example-9000.json").write_text(json.dumps(never_slower))
     (tmp_path / "README.md").write_text(
         f"before\n{render.BEGIN}\nstale text\n{render.END}\nafter\n"
     )
@@ -264,12 +264,36 @@ def test_tables_hold_every_candidate_and_step(rendered):
     assert all(f"| {step.name} | {size} |" in full for step in STEPS for size in step.sizes)
 
 
+def test_a_second_machine_of_a_kind_is_shown_in_short(tmp_path):
+    directory = tmp_path / "benchmarks" / "results"
+    directory.mkdir(parents=True)
+    cpus = "Example 9000", "Sample(R) 1 CPU @ 2 GHz"
+    for device, cpu in ("cpu", cpus[0]), ("cpu", cpus[1]), ("Accelerator X", cpus[0]):
+        facts = MACHINE | {"device": device, "cpu": cpu}
+        for name, result in zip(("peers", "never_slower"), synthetic_results(), strict=True):
+            path = directory / f"{name}-{machine.slug(facts)}.json"
+            path.write_text(json.dumps(result | {"machine": facts}))
+    assert {path.stem for path in directory.glob("peers-*")} == {
+        "peers-accelerator-x",
+        "peers-cpu-example-9000",
+        "peers-cpu-sample-1-cpu",
+    }
+    (tmp_path / "README.md").write_text(f"{render.BEGIN}\n{render.END}")
+    readme = render.documents(tmp_path)[tmp_path / "README.md"]
+    sections = readme.split("### ")[1:]
+    titles = [section.splitlines()[0] for section in sections]
+    assert titles == [*(f"CPU: {cpu}, 2 cores" for cpu in cpus), "GPU: Accelerator X"]
+    assert ["| GRU, naive |" in section for section in sections] == [True, False, True]
+    assert all("against the fastest JAX peer: 1.50" in section for section in sections)
+    assert all("different steps" in section for section in sections)
+
+
 def test_a_readme_without_markers_is_an_error(tmp_path):
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     (tmp_path / "README.md").write_text("nothing here")
     assert render.documents(tmp_path) == {}
     against_peers, _ = synthetic_results()
-    path = tmp_path / "benchmarks" / "results" / "peers-cpu.json"
+    path = tmp_path / "benchmarks" / "results" / "peers-cpu-example-9000.json"
     path.write_text(json.dumps(against_peers))
     with pytest.raises(ValueError, match="speed:begin"):
         render.documents(tmp_path)
