@@ -1,6 +1,6 @@
 """What the tests share: an independent reference, the settings of a call, and the comparison.
 
-The table of cases is in `cases.py` and can be imported from here.
+The table of cases is in `cases` and can be imported from here.
 """
 
 from collections.abc import Callable

@@ -1,0 +1,99 @@
+"""What an algebra might get wrong."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from bodies.table import BATCH, FEATURES, UNITS, body, elman, layer, state, two_states
+
+
+@body(consts=lambda d: layer(2)(d) | {"v": d(UNITS, UNITS)}, init=two_states)
+def sums_in_many_roles(p):
+    """One pre-activation that is split, added on, multiplied, and given out whole."""
+
+    def f(carry, x):
+        h, c = carry
+        z = p["b"] + (h @ p["u"] + (x @ p["w"] + p["b"])) + c.sum(-1, keepdims=True)
+        a, b = jnp.split(z, 2, axis=-1)
+        h = jnp.tanh(a - b) + z[:, 1 : UNITS + 1] * z[:, ::2]
+        c = 0.1 * c - (x @ p["w"])[:, :UNITS] @ p["v"] - c @ p["v"]
+        return (jnp.tanh(h), c), (z, z[..., None] * a[:, None, :])
+
+    return f
+
+
+@body(consts=lambda d: {"k": d(2 * UNITS + 2 * FEATURES, UNITS), "v": d(UNITS + FEATURES, UNITS)},
+      init=two_states)  # fmt: skip
+def concatenations_in_many_roles(p):
+    """Interleaved, repeated, nested, along another axis, and read as a whole."""
+
+    def f(carry, x):
+        h, c = carry
+        joined = jnp.concatenate([x, h, jnp.concatenate([c, x], axis=1)], axis=1)
+        new = jnp.tanh(joined @ p["k"] + jnp.concatenate([h, x], axis=1) @ p["v"])
+        rows = jnp.concatenate([h, x @ p["v"][:FEATURES]], axis=0) @ p["k"][:UNITS]
+        c = jnp.tanh(rows[:BATCH] + rows[BATCH:] + p["k"].T[:, :BATCH].T)
+        return (new, c), joined
+
+    return f
+
+
+@body(consts=lambda d: {"u": d(UNITS, UNITS), "v": d(UNITS, 2), "w": d(2, UNITS)}, init=two_states)
+def products_of_one_state(p):
+    """Equal, transposed, low-rank and chained weights, some of the products needed elsewhere."""
+
+    def f(carry, x):
+        h, c = carry
+        a, b, low = h @ p["u"], h @ p["u"].T, h @ p["v"]
+        chained = (h @ p["u"]) @ p["u"] + low @ p["w"]
+        new = jnp.tanh(a * b + chained + (x + low) @ p["w"])
+        c = jnp.tanh(c @ p["u"] + new @ p["u"])
+        return (new, c), (a, h @ (p["u"] + 1.0), jnp.einsum("bi,bj->bij", h, c) @ p["u"])
+
+    return f
+
+
+@body(
+    consts=lambda d: {"u": d(UNITS, UNITS), "memory": d(BATCH, UNITS, UNITS)},
+    init=lambda d: (d(BATCH, UNITS), d(BATCH, UNITS, UNITS)),
+    xs=lambda d: d.rows(BATCH, UNITS),
+)
+def matrix_memory(p):
+    """Linear attention: a state that is a matrix per sample, products between states."""
+
+    def f(carry, x):
+        h, m = carry
+        key = x @ p["u"]
+        m = 0.9 * m + key[:, :, None] * x[:, None, :]
+        h = jnp.tanh(jnp.einsum("bij,bj->bi", m, h) + jnp.einsum("bij,bj->bi", p["memory"], x))
+        return (h, m), jnp.einsum("bi,bij->bj", x @ p["u"].T, m)
+
+    return f
+
+
+@body(consts=layer(), init=state())
+def calls_without_results(p):
+    """Control flow that gives nothing back."""
+
+    def f(h, x):
+        jax.checkpoint(lambda _: None)(h)
+        lax.cond(x[0, 0] > 0, lambda: None, lambda: None)
+        lax.scan(lambda c, _: (c, None), (), None, 3)
+        h = elman(p, x, h)
+        return h, (None, ())
+
+    return f
+
+
+@body(consts=lambda d: layer()(d) | {"k": d.integers(5, UNITS, UNITS)},
+      init=lambda d: (d(BATCH, UNITS), d.integers(5, BATCH, UNITS)))  # fmt: skip
+def integer_products(p):
+    """Products of integers, which wrap around and have no derivative."""
+
+    def f(carry, x):
+        h, n = carry
+        n = n @ p["k"] + jnp.concatenate([n, n], axis=1)[:, UNITS:] @ p["k"] * 7
+        h = elman(p, x, h) * (n % 2)
+        return (h, n), (n @ p["k"]) % 11
+
+    return f

@@ -1,0 +1,226 @@
+"""Rules of the user's own, control flow, and randomness inside."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from bodies.table import BATCH, FEATURES, UNITS, body, elman, layer, state, two_states
+
+
+@jax.custom_jvp
+def own_tanh(x):
+    return jnp.tanh(x)
+
+
+@own_tanh.defjvp
+def _own_tanh_jvp(primals, tangents):
+    y = own_tanh(primals[0])
+    return y, tangents[0] * (1 - y * y)
+
+
+@jax.custom_jvp
+def spike(x):
+    """A threshold with the slope of something smooth, as in spiking networks."""
+    return (x > 0).astype(x.dtype)
+
+
+@spike.defjvp
+def _spike_jvp(primals, tangents):
+    return spike(primals[0]), tangents[0] / (1 + jnp.abs(primals[0])) ** 2
+
+
+@jax.custom_vjp
+def straight_through(x, w):
+    """A product that is rounded, with a gradient that is not that of rounding."""
+    return jnp.round(4 * (x @ w)) / 4
+
+
+def _straight_through_forward(x, w):
+    return straight_through(x, w), (x, w)
+
+
+def _straight_through_backward(kept, g):
+    x, w = kept
+    return 0.5 * g @ w.T, 3.0 * x.T @ g
+
+
+straight_through.defvjp(_straight_through_forward, _straight_through_backward)
+
+
+@jax.custom_vjp
+def clipped_gradient(x):
+    return x
+
+
+clipped_gradient.defvjp(lambda x: (x, None), lambda _, g: (jnp.clip(g, -0.1, 0.1),))
+
+
+@body(consts=layer(), init=state())
+def custom_jvp_inside(p):
+    def f(h, x):
+        h = own_tanh(x @ p["w"] + h @ p["u"] + p["b"])
+        return h, own_tanh(jax.nn.relu(h @ p["u"]))
+
+    return f
+
+
+@body(consts=layer(), init=two_states)
+def spiking(p):
+    """A leaky integrate-and-fire layer."""
+
+    def f(carry, x):
+        v, s = carry
+        v = 0.9 * v * (1 - s) + x @ p["w"] + s @ p["u"] + p["b"]
+        s = spike(v)
+        return (v, s), s @ p["u"]
+
+    return f
+
+
+@body(consts=layer(), init=state(), forward=False)
+def custom_vjp_inside(p):
+    def f(h, x):
+        h = jnp.tanh(straight_through(x, p["w"]) + clipped_gradient(h @ p["u"]) + p["b"])
+        return h, straight_through(h, p["u"])
+
+    return f
+
+
+@body(consts=layer(), init=state())
+def inner_scan(p):
+    """Pondering: the recurrent product three times at each step, and a scan over the input."""
+
+    def f(h, x):
+        def ponder(v, _):
+            return jnp.tanh(v @ p["u"] + x @ p["w"]), v @ p["u"]
+
+        h, seen = lax.scan(ponder, h, None, 3)
+        total, _ = lax.scan(lambda a, b: (a + jnp.sin(b), None), jnp.zeros(BATCH), x.T)
+        return h, (seen, total)
+
+    return f
+
+
+@body(consts=layer(), init=state())
+def inner_cond(p):
+    def f(h, x):
+        h = lax.cond(
+            x.sum() > 0,
+            lambda: elman(p, x, h),
+            lambda: 0.5 * h + x @ p["w"],
+        )
+        chosen = lax.switch((x[0, 0] > 0).astype(int) + (x[1, 0] > 0), [
+            lambda v: v @ p["u"], jnp.sin, lambda v: v + p["b"],
+        ], h)  # fmt: skip
+        return h, (chosen, lax.cond(x[0, 1] > 0, lambda: x @ p["w"], lambda: jnp.ones_like(h)))
+
+    return f
+
+
+@body(consts=layer(), init=state(), reverse_mode=False)
+def inner_while(p):
+    """Another number of rounds at each step."""
+
+    def f(h, x):
+        def more(loop):
+            return (loop[0] < 3) & (jnp.abs(loop[1]).sum() > 2.5)
+
+        _, h = lax.while_loop(more, lambda loop: (loop[0] + 1, elman(p, x, loop[1])), (0, h))
+        rounds, _ = lax.while_loop(
+            lambda loop: loop[1] > 0.1, lambda loop: (loop[0] + 1, loop[1] / 2), (0, x[0, 0])
+        )
+        return elman(p, x, h), rounds
+
+    return f
+
+
+@body(consts=layer(), init=state())
+def inner_checkpoint(p):
+    @jax.checkpoint
+    def cell(h, x):
+        return elman(p, x, h)
+
+    def f(h, x):
+        h = cell(h, x)
+        return h, jax.checkpoint(lambda h: jnp.sin(h @ p["u"]))(h)
+
+    return f
+
+
+@body(consts=layer(), init=state())
+def inner_fori_and_updates(p):
+    """A state written to at an index that changes, and a gather from it."""
+
+    def f(h, x):
+        h = h.at[:, 0].set(jnp.tanh(x @ p["w"])[:, 1])
+        h = lax.fori_loop(0, 2, lambda i, v: v.at[:, i].add(x[:, i]), h)
+        h = elman(p, x, lax.dynamic_update_slice_in_dim(h, x, 1, axis=1))
+        return h, jnp.take_along_axis(h, jnp.argsort(x, axis=-1), axis=-1)
+
+    return f
+
+
+@body(consts=layer(), init=state())
+def vmapped_inside(p):
+    def f(h, x):
+        h = jax.vmap(lambda h, x: jnp.tanh(p["w"].T @ x + p["u"].T @ h))(h, x)
+        return h, jax.vmap(jnp.outer)(h, x)
+
+    return f
+
+
+@body(consts=layer(), init=state())
+def stopped_gradient(p):
+    def f(h, x):
+        h = elman(p, x, lax.stop_gradient(h))
+        return h, lax.stop_gradient(h) @ p["u"]
+
+    return f
+
+
+@body(consts=layer(), init=lambda d: (jax.random.key(d.seed), d(BATCH, UNITS)))
+def noise_by_key(p):
+    """A typed random key in the state; dropout on the state and noise on the output."""
+
+    def f(carry, x):
+        key, h = carry
+        key, one, other = jax.random.split(key, 3)
+        h = elman(p, x, h * jax.random.bernoulli(one, 0.8, h.shape))
+        return (key, h), h @ p["u"] + jax.random.normal(other, h.shape)
+
+    return f
+
+
+@body(consts=layer(), init=lambda d: (jax.random.key(d.seed, impl="rbg"), d(BATCH, UNITS)))
+def noise_by_rbg_key(p):
+    return noise_by_key(p)
+
+
+@body(consts=layer(), init=state(),
+      xs=lambda d: (jax.random.split(jax.random.key(d.seed, impl="rbg"), d.time),
+                    d.rows(BATCH, FEATURES)))  # fmt: skip
+def noise_by_rbg_keys_of_xs(p):
+    """Random bits that must not be drawn for many steps at once: rbg's depend on batching."""
+
+    def f(h, x):
+        key, x = x
+        h = elman(p, x * jax.random.bernoulli(key, 0.7, x.shape), h)
+        return h, jax.random.uniform(key, (BATCH, UNITS)) @ p["u"]
+
+    return f
+
+
+@body(
+    consts=lambda d: layer()(d) | {"key": jax.random.key(d.seed)},
+    init=lambda d: (d(BATCH, UNITS), 0),
+)
+def noise_by_step_number(p):
+    """A key closed over, folded with a counter that is a Python number at first."""
+
+    def f(carry, x):
+        h, n = carry
+        noise = jax.random.normal(jax.random.fold_in(p["key"], n), x.shape)
+        h = elman(p, x + noise, h)
+        return (h, n + 1), h
+
+    return f
