@@ -285,6 +285,10 @@ def block_length(chunk: int | str | None, remat: bool, time: int, split: Split |
     assert split is not None
     plan = split.plan
     per_step = _bytes(v for s in plan.stages for v in s.program.outvars)
+    # The gradient's passes go over rows like the states, too: kept, their tangents, and factors of
+    # both. That counts where these are more than the passes make, as with a matrix for a state.
+    states = _bytes(plan.body.invars[plan.consts : plan.consts + plan.carry])
+    per_step += 2 * max(states - per_step, 0)
     devices = jax.device_count()
     per_step //= devices  # as if split over all
     # Measured on a CPU: one block is as fast as several or faster as long as its passes are small

@@ -109,6 +109,21 @@ def test_one_block_where_that_takes_little_memory():
     assert blocks(jaxrnn.cells.lstm(H), six_mib) < six_mib // 4
 
 
+def test_a_state_larger_than_what_the_passes_make_has_shorter_blocks():
+    """The passes make [B, 2, N], the gradient's go over rows like the state, [B, N, N]."""
+    n, time = 32, 192
+
+    def fast_weights(x, states):
+        k, v = jnp.split(x @ jnp.ones((1, 2 * n)), 2, axis=-1)
+        memory = 0.9 * states[0] + k[:, :, None] * v[:, None, :]
+        return memory.sum(1), [memory]
+
+    inputs, states = jnp.ones((B, time, 1)), [jnp.ones((B, n, n))]
+    report = jaxrnn.explain(fast_weights, inputs, states, method="sequential")
+    assert time * 4 * B * 2 * n < 2**20
+    assert "in blocks of 32" in report.splitlines()[0]
+
+
 def test_blocks_of_large_steps_are_short_but_no_single_steps():
     cell = jaxrnn.cells.lstm(512)  # which makes 4 MiB a step for 512 samples
     report = jaxrnn.explain(
