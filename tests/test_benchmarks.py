@@ -210,14 +210,20 @@ def synthetic_results():
     )
 
 
+def save_synthetic_results(root, facts):
+    """Both benchmarks' results of one machine, where a repository has them; their folder."""
+    directory = root / "benchmarks" / "results"
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, result in zip(("peers", "never_slower"), synthetic_results(), strict=True):
+        path = directory / f"{name}-{machine.slug(facts)}.json"
+        path.write_text(json.dumps(result | {"machine": facts}))
+    return directory
+
+
 @pytest.fixture
 def rendered(tmp_path):
     """A repository with synthetic results in it: its README and its tables as rendered."""
-    directory = tmp_path / "benchmarks" / "results"
-    directory.mkdir(parents=True)
-    against_peers, never_slower = synthetic_results()
-    (directory / "peers-cpu-example-9000.json").write_text(json.dumps(against_peers))
-    (directory / "never_slower-cpu-example-9000.json").write_text(json.dumps(never_slower))
+    directory = save_synthetic_results(tmp_path, MACHINE)
     (tmp_path / "README.md").write_text(
         f"before\n{render.BEGIN}\nstale text\n{render.END}\nafter\n"
     )
@@ -265,14 +271,9 @@ def test_tables_hold_every_candidate_and_step(rendered):
 
 
 def test_a_second_machine_of_a_kind_is_shown_in_short(tmp_path):
-    directory = tmp_path / "benchmarks" / "results"
-    directory.mkdir(parents=True)
     cpus = "Example 9000", "Sample(R) 1 CPU @ 2 GHz"
     for device, cpu in ("cpu", cpus[0]), ("cpu", cpus[1]), ("Accelerator X", cpus[0]):
-        facts = MACHINE | {"device": device, "cpu": cpu}
-        for name, result in zip(("peers", "never_slower"), synthetic_results(), strict=True):
-            path = directory / f"{name}-{machine.slug(facts)}.json"
-            path.write_text(json.dumps(result | {"machine": facts}))
+        directory = save_synthetic_results(tmp_path, MACHINE | {"device": device, "cpu": cpu})
     assert {path.stem for path in directory.glob("peers-*")} == {
         "peers-accelerator-x",
         "peers-cpu-example-9000",
@@ -292,9 +293,7 @@ def test_a_readme_without_markers_is_an_error(tmp_path):
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     (tmp_path / "README.md").write_text("nothing here")
     assert render.documents(tmp_path) == {}
-    against_peers, _ = synthetic_results()
-    path = tmp_path / "benchmarks" / "results" / "peers-cpu-example-9000.json"
-    path.write_text(json.dumps(against_peers))
+    save_synthetic_results(tmp_path, MACHINE)
     with pytest.raises(ValueError, match="speed:begin"):
         render.documents(tmp_path)
 

@@ -8,6 +8,7 @@ A body is entered by its maker ``make(consts) -> f``, ``f`` as `lax.scan` takes 
 leaves of consts, init and xs are differentiated; axes have different lengths.
 """
 
+# Each module enters its bodies when it is imported.
 from bodies import algebra, dtypes, layers, rules, states
 from bodies.rules import spike, straight_through
 from bodies.table import BODIES, TIME

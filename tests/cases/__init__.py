@@ -13,6 +13,7 @@ A new case joins every test that goes over ``CASES``:
         return step
 """
 
+# Each module enters its cases when it is imported.
 from cases import layers, states
 from cases.table import BATCH, CASES, TIME, Arguments, Case, Draw
 
