@@ -10,6 +10,9 @@ WARM_UP_BELOW_S = 0.02
 
 MIN_ROUNDS = 5
 
+# How often a candidate is compiled; like all that is timed, in turns with the others.
+COMPILATIONS = 3
+
 
 def time_calls(call: Callable[[], object], repeats: int, warm_up: bool) -> float:
     """Median seconds of a call that returns when its work is done."""

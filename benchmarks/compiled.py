@@ -1,13 +1,10 @@
-"""A JAX function compiled ahead of time, with what its compilation cost."""
+"""A JAX function compiled ahead of time, and as often as one wants to know what that costs."""
 
 from collections.abc import Callable
-from statistics import median
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import jax
-
-_COMPILATIONS = 3
 
 
 class Compiled(NamedTuple):
@@ -15,7 +12,8 @@ class Compiled(NamedTuple):
 
     Attributes:
         call: runs it, waits for the results and returns them.
-        compile_s: seconds to trace, lower and compile, the median of several times.
+        compile_s: seconds that it took to trace, lower and compile.
+        compile_again: does it once more, from nothing, and returns the seconds that it took.
         temp_bytes: what it holds between its arguments and results; in a gradient mostly what
             the forward pass saves for the backward pass.
         program: the lowered program as text.
@@ -23,22 +21,28 @@ class Compiled(NamedTuple):
 
     call: Callable[[], Any]
     compile_s: float
+    compile_again: Callable[[], float]
     temp_bytes: int
     program: str
 
 
 def compile_call(function: Callable[..., Any], *arguments: Any) -> Compiled:
-    """Traces, lowers and compiles `function(*arguments)`, each time from nothing."""
-    seconds = []
-    for _ in range(_COMPILATIONS):
-        jax.clear_caches()
-        start = perf_counter()
-        lowered = jax.jit(function).lower(*arguments)
-        executable = lowered.compile()
-        seconds.append(perf_counter() - start)
+    """Traces, lowers and compiles `function(*arguments)`, from nothing."""
+    lowered, executable, seconds = _compile(function, arguments)
     return Compiled(
         call=lambda: jax.block_until_ready(executable(*arguments)),
-        compile_s=median(seconds),
+        compile_s=seconds,
+        compile_again=lambda: _compile(function, arguments)[-1],
         temp_bytes=executable.memory_analysis().temp_size_in_bytes,
         program=lowered.as_text(),
     )
+
+
+def _compile(
+    function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> tuple[jax.stages.Lowered, jax.stages.Compiled, float]:
+    jax.clear_caches()
+    start = perf_counter()
+    lowered = jax.jit(function).lower(*arguments)
+    executable = lowered.compile()
+    return lowered, executable, perf_counter() - start

@@ -5,6 +5,7 @@ it failed. A module in `benchmarks.workers` calls `serve` with what its library 
 
     describe                          -> versions, device
     prepare   problem, case, variant  -> what compilation cost, whether the results are right
+    compile   candidate, kind         -> seconds, of doing it once more
     measure   candidate, kind, repeats, warm_up -> seconds
     release                           -> forget all candidates
 """
@@ -24,10 +25,14 @@ from benchmarks.clock import time_calls
 
 
 class Call(NamedTuple):
-    """One thing to time: `run` returns when its work is done."""
+    """One thing to time: `run` returns when its work is done.
+
+    What compiles says how long that took, and can do it again.
+    """
 
     run: Callable[[], Any]
     compile_s: float | None = None
+    compile_again: Callable[[], float] | None = None
     temp_bytes: int | None = None
 
 
@@ -111,6 +116,9 @@ class _Desk:
         self.candidates.append(candidate)
         reply["candidate"] = len(self.candidates) - 1
         return reply
+
+    def compile(self, candidate: int, kind: str) -> dict:
+        return {"seconds": self.candidates[candidate].calls[kind].compile_again()}
 
     def measure(self, candidate: int, kind: str, repeats: int, warm_up: bool) -> dict:
         call = self.candidates[candidate].calls[kind]

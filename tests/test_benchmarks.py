@@ -100,6 +100,8 @@ def test_a_worker_prepares_measures_and_reports_its_errors(tmp_path):
                 "measure", candidate=reply["candidate"], kind=kind, repeats=2, warm_up=True
             )
             assert measured["seconds"] > 0
+            compiled = worker.ask("compile", candidate=reply["candidate"], kind=kind)
+            assert compiled["seconds"] > 0
         with pytest.raises(WorkerError, match=r"lax\.scan failed on .*no such step"):
             worker.ask("prepare", case="elman", variant="no such step", path=str(path))
 

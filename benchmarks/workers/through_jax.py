@@ -47,7 +47,7 @@ def gemm(size: int) -> Candidate:
 
 def _call(function: Callable[..., Any], *arguments: Any) -> Call:
     compiled = compile_call(function, *arguments)
-    return Call(compiled.call, compiled.compile_s, compiled.temp_bytes)
+    return Call(compiled.call, compiled.compile_s, compiled.compile_again, compiled.temp_bytes)
 
 
 def serve_jax(build: Callable[[str, str, Problem], Candidate], **versions: str) -> None:
