@@ -4,6 +4,10 @@ import os
 
 # What is computed matters here, not how fast. Must come before JAX is imported.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# XLA's older emitters compile twice as fast; JAX versions without them ignore this.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+)
 
 import hypothesis
 import jax
