@@ -118,10 +118,14 @@ def variables(atoms: Iterable[Atom]) -> list[Var]:
     return list(dict.fromkeys(atom for atom in atoms if not isinstance(atom, Literal)))
 
 
+def size(atom: Atom) -> int:
+    """The number of elements of the array that `atom` stands for; a symbolic axis counts as 64."""
+    return math.prod(map(_length, shape(atom)))
+
+
 def size_in_bytes(atom: Atom) -> int:
     """The size of the array that `atom` stands for; a symbolic axis counts as 64."""
-    sizes = [n if isinstance(n, int) else 64 for n in shape(atom)]
-    return math.prod(sizes) * getattr(dtype(atom), "itemsize", 8)
+    return size(atom) * getattr(dtype(atom), "itemsize", 8)
 
 
 def shape(atom: Atom) -> tuple[int, ...]:
@@ -157,7 +161,7 @@ def is_weak(atom: Atom) -> bool:
 
 def zeros_of(like: jax.ShapeDtypeStruct) -> jax.Array:
     """Zeros that under `shard_map` vary over the mesh as `like` does; `jnp.zeros_like` forgets."""
-    return _varying(jnp.zeros(like.shape, like.dtype), like)
+    return varying_as(jnp.zeros(like.shape, like.dtype), like)
 
 
 def empty_rows(like: Atom, length: int, mark: int) -> jax.Array:
@@ -170,7 +174,16 @@ def empty_rows(like: Atom, length: int, mark: int) -> jax.Array:
         spec = jax.sharding.PartitionSpec(None, *sharding.spec)
         sharding = jax.sharding.NamedSharding(sharding.mesh, spec)
     rows = lax.full((length, *shape(like)), mark, dtype(like), sharding=sharding)
-    return _varying(rows, like.aval)
+    return varying_as(rows, like.aval)
+
+
+def varying_as(value: jax.Array, like: Any) -> jax.Array:
+    """`value`, which under `shard_map` varies over the mesh as an array of type `like` does."""
+    axes = getattr(like, "manual_axis_type", None)
+    if axes is None:
+        return value
+    missing = tuple(axes.varying - jax.typeof(value).manual_axis_type.varying)
+    return lax.pcast(value, missing, to="varying") if missing else value
 
 
 def is_heavy(equation: Equation) -> bool:
@@ -182,17 +195,20 @@ def is_heavy(equation: Equation) -> bool:
 
 
 def multiply_adds(equation: Equation) -> int:
-    """The multiplications of a matrix product or convolution; 0 for anything else."""
+    """The multiplications of a matrix product or convolution; 0 for anything else.
+
+    A symbolic axis counts as 64.
+    """
     if equation.primitive not in _PRODUCTS:
         return 0
     lhs, rhs = equation.invars[:2]
     if equation.primitive is dot_general_p:
         (contracted, _), _ = equation.params["dimension_numbers"]
-        per_output = math.prod(shape(lhs)[axis] for axis in contracted)
+        per_output = math.prod(_length(shape(lhs)[axis]) for axis in contracted)
     else:
         outputs = equation.params["dimension_numbers"].rhs_spec[0]
-        per_output = math.prod(shape(rhs)) // max(shape(rhs)[outputs], 1)
-    return per_output * math.prod(shape(equation.outvars[0]))
+        per_output = size(rhs) // max(_length(shape(rhs)[outputs]), 1)
+    return per_output * size(equation.outvars[0])
 
 
 def inner_equations(equation: Equation) -> list[Equation]:
@@ -236,6 +252,13 @@ def hides_product(equation: Equation) -> bool:
     return any(multiply_adds(e) or hides_product(e) for e in inner)
 
 
+def has_own_vjp(equation: Equation) -> bool:
+    """Whether `equation` calls a `custom_vjp` function."""
+    return equation.primitive is p.custom_vjp_call_p or any(
+        map(has_own_vjp, inner_equations(equation))
+    )
+
+
 def is_linear(equation: Equation) -> bool:
     """Whether the derivative of `equation` needs none of its operands.
 
@@ -256,10 +279,8 @@ def split_p() -> Any:
     return jax.make_jaxpr(lambda x: lax.split(x, (1, 1)))(x).jaxpr.eqns[0].primitive
 
 
-def _varying(value: jax.Array, like: Any) -> jax.Array:
-    axes = getattr(like, "manual_axis_type", None)
-    varying = tuple(axes.varying) if axes is not None else ()
-    return lax.pcast(value, varying, to="varying") if varying else value
+def _length(axis: Any) -> int:
+    return axis if isinstance(axis, int) else 64
 
 
 def _inner_jaxprs(equation: Equation) -> list[Any]:

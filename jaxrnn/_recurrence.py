@@ -12,6 +12,7 @@ needs the sum, not its terms), or what a tanh or logistic function makes of such
 tells its derivative.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -32,15 +33,22 @@ from jaxrnn._block import (
 from jaxrnn._fission import Loop, Plan, fission
 from jaxrnn._jaxpr import (
     Atom,
+    Equation,
     Program,
+    Traced,
     Var,
+    bind,
     dependents,
     dtype,
+    has_own_vjp,
     hides_product,
+    inline,
     is_heavy,
     is_linear,
     is_random,
+    read,
     slope_by_output,
+    trace,
     variables,
 )
 from jaxrnn._tangent import State, Tangent, is_differentiable, only_split
@@ -130,8 +138,12 @@ def _run(
         # The state before a step is what the step before it made, which may be a row already.
         for before, after in zip(old, new, strict=True):
             rows += [] if before in rows or after in rows else [before]
-        keeping = program.cut(program.invars, [*new, *rows], program.equations)
-        last, made = _run(keeping, consts, carry, xs, axes, steps, block)
+        keeping, given = program.cut(program.invars, [*new, *rows], program.equations), consts
+        if any(map(has_own_vjp, program.equations)):
+            example = [x[0] for x in map(time_first, xs, axes)]
+            traced = _with_forward_rules(keeping, *consts, *carry, *example)
+            keeping, given = traced.program, [*traced.consts, *consts]
+        last, made = _run(keeping, given, carry, xs, axes, steps, block)
 
         states = [
             State(rows.index(after if before not in rows else before), before not in rows)
@@ -145,6 +157,37 @@ def _run(
 
     run.defjvp(rule, symbolic_zeros=True)
     return run(list(consts), list(carry), list(xs))
+
+
+def _with_forward_rules(program: Program, *args: Any) -> Traced:
+    """`program` as it is once differentiated: with the forward rules of its `custom_vjp` functions.
+
+    These have no forward mode, but their rules may, and second derivatives are taken of the rules.
+    """
+
+    def run(*args: Any) -> list[Any]:
+        env: dict[Atom, Any] = dict(zip(program.invars, args, strict=True))
+        for equation in program.equations:
+            values = [read(env, atom) for atom in equation.invars]
+            apply = _forward_rule if has_own_vjp(equation) else bind
+            env.update(zip(equation.outvars, apply(equation, values), strict=True))
+        return [read(env, atom) for atom in program.outvars]
+
+    traced = trace(run, *args)
+    inlined = trace(functools.partial(inline, traced.program), *traced.consts, *args)
+    return inlined._replace(consts=(*inlined.consts, *traced.consts))
+
+
+def _forward_rule(equation: Equation, values: Sequence[Any]) -> list[Any]:
+    """The results of `equation`, by the forward rules of the functions that it calls."""
+    moving = [i for i, a in enumerate(equation.invars) if jnp.issubdtype(dtype(a), jnp.inexact)]
+
+    def call(*moved: Array) -> list[Any]:
+        placed = dict(zip(moving, moved, strict=True))
+        return bind(equation, [placed.get(i, v) for i, v in enumerate(values)])
+
+    results: list[Any] = jax.vjp(call, *(values[i] for i in moving))[0]
+    return results
 
 
 def _fill(primals: Sequence[Array], tangents: Sequence[Array]) -> list[Any]:

@@ -21,7 +21,7 @@ from jaxrnn._jaxpr import (
     is_weak,
     kind,
     multiply_adds,
-    shape,
+    size,
     size_in_bytes,
     trace,
     variables,
@@ -65,6 +65,7 @@ def scan(
         chunk: timesteps per block; "auto" picks, None makes one block of the whole.
         remat: whether only the carries between blocks are kept for the backward pass and the rest
             is computed again; blocks are of about sqrt(T) steps then, unless `chunk` says else.
+            A body with effects is never run again.
         method: "auto"; "sequential", the split body in order; "lax", plain `jax.lax.scan`.
 
     Returns:
@@ -106,7 +107,7 @@ def scan_along(
     if time < 1 or (method == "lax" and not remat):
         return lax.scan(f, init, xs, length, reverse, unroll)
     split = None if method == "lax" else split_body(f, init, xs, method)
-    if split is None and not remat:
+    if split is None and (not remat or _has_effects(f, init, xs)):
         return lax.scan(f, init, xs, length, reverse, unroll)
 
     block = block_length(chunk, remat, time, split)
@@ -126,6 +127,15 @@ def scan_along(
         )
     carry_tree, ys_tree = split.traced.out_tree.children()
     return jax.tree.unflatten(carry_tree, carry), jax.tree.unflatten(ys_tree, ys)
+
+
+def _has_effects(f: Body, init: PyTree, xs: PyTree) -> bool:
+    """Whether a body, run again for the gradient, would be noticed."""
+    return bool(jax.make_jaxpr(f)(init, _first_row(xs)).effects)
+
+
+def _first_row(xs: PyTree) -> PyTree:
+    return jax.eval_shape(lambda xs: jax.tree.map(lambda leaf: leaf[0], xs), xs)
 
 
 class Split(NamedTuple):
@@ -173,8 +183,7 @@ def _run_for_gradients(
 def split_body(f: Body, init: PyTree, xs: PyTree, method: str) -> Split | None:
     """The body of a scan after fission, or None where the engine stands aside."""
     carry, carry_tree = jax.tree.flatten(jax.tree.map(jnp.asarray, init))
-    row = jax.eval_shape(lambda xs: jax.tree.map(lambda leaf: leaf[0], xs), xs)
-    x, x_tree = jax.tree.flatten(row)
+    x, x_tree = jax.tree.flatten(_first_row(xs))
 
     def flat(*args: Array) -> tuple[PyTree, PyTree]:
         old, x = args[: len(carry)], args[len(carry) :]
@@ -243,8 +252,8 @@ def only_for_gradients(plan: Plan, chunk: Any, remat: bool, method: str) -> bool
         if equation.primitive is conv_general_dilated_p:
             gains = work > 1 << 18
         else:
-            size = math.prod(shape(fixed[0])) if fixed else 0
-            gains = not work or work < rows * size or size > small
+            weights = size(fixed[0]) if fixed else 0
+            gains = not work or work < rows * weights or weights > small
         if gains:
             return False
     return True

@@ -201,6 +201,34 @@ def test_a_custom_vjp_that_takes_parameters_and_settings():
     assert_agree(gradient, p, h, xs)
 
 
+def test_second_derivatives_are_taken_of_the_rules_of_a_custom_vjp():
+    """Such a function has no forward mode, but its rules have one."""
+
+    @jax.custom_vjp
+    def doubled(z):
+        return jnp.tanh(z)
+
+    def forward(z):
+        return jnp.tanh(z), jnp.tanh(z)
+
+    doubled.defvjp(forward, lambda y, g: (2 * g * (1 - y * y),))
+    p, h, xs = floats()
+
+    def second(scan, u, h, xs):
+        def of(u, h):
+            def body(h, x):
+                inner = scan(lambda h, _: (doubled(h), None), h, length=2)[0]
+                h = doubled(x @ p["w"][:, :UNITS] + inner @ u)
+                return h, h @ p["v"]
+
+            return scalar_of(scan(body, h, xs))
+
+        gradient = jax.grad(of, (0, 1))
+        return jax.jvp(gradient, (u, h), directions((u, h)))
+
+    assert_agree(second, p["u"][:, :UNITS], h, xs, scale=50)
+
+
 def test_a_custom_vjp_refuses_forward_mode_as_under_lax_scan():
     p, h, xs = floats()
 

@@ -1,5 +1,7 @@
 """Exported once with symbolic batch and time, a call serves every size."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,3 +80,36 @@ def test_the_gradient_of_an_export():
     arguments = case.arguments()
     actual = jax.grad(exported.call)(*arguments[:3])
     assert_same(actual, jax.grad(loss)(*arguments[:3]), scale=10)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_symbolic_batch_alone(gradient):
+    """Time is known, so the engine runs, and decides what to move without knowing the batch."""
+    features, units, time = 3, 48, 6
+    rng = np.random.default_rng(0)
+    w, u = (np.float32(0.2 * rng.normal(size=(n, units))) for n in (features, units))
+
+    def call(rnn, xp, w, inputs, mask):
+        def step(x, states):
+            h = xp.tanh(x @ w + states[0] @ u)
+            return h * 2, [h]
+
+        return rnn(step, inputs, [xp.zeros((inputs.shape[0], units), xp.float32)], mask=mask)
+
+    def run(rnn, w, *arguments):
+        if gradient:
+            return jax.grad(lambda w: (call(rnn, jnp, w, *arguments)[1] ** 2).sum())(w)
+        return call(rnn, jnp, w, *arguments)
+
+    (batch,) = export.symbolic_shape("b")
+    shapes = [
+        jax.ShapeDtypeStruct(w.shape, w.dtype),
+        jax.ShapeDtypeStruct((batch, time, features), jnp.float32),
+        jax.ShapeDtypeStruct((batch, time), bool),
+    ]
+    exported = export.export(jax.jit(functools.partial(run, jaxrnn.rnn)))(*shapes)
+    for samples in (1, 3):
+        inputs = np.float32(rng.normal(size=(samples, time, features)))
+        arguments = (w, inputs, rng.random((samples, time)) < 0.6)
+        expected = run(functools.partial(reference_rnn, xp=jnp), *arguments)
+        assert_same(exported.call(*arguments), expected, scale=10)
