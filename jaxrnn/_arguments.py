@@ -87,7 +87,18 @@ def flag(name: str, value: Any) -> bool:
             f"{name} is a traced value; expected a Python bool. Under jit, name it in "
             f"`static_argnames` or bind it with `functools.partial`."
         )
+    if isinstance(value, str) or np.ndim(value):
+        raise ValueError(f"{name} is {value!r}; expected True or False.")
     return bool(value)
+
+
+def are_arrays(tree: PyTree) -> bool:
+    """Whether all leaves can be operands of a compiled function."""
+    return all(
+        isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | float | complex)
+        or (isinstance(leaf, int) and abs(leaf) < 1 << 31)
+        for leaf in jax.tree.leaves(tree)
+    )
 
 
 def normalize_unroll(unroll: Any, time: Any) -> bool | int:
@@ -206,20 +217,34 @@ def _normalize_flags(name: str, flags: Any, batch: Any, time: Any, time_major: b
             f"{name} has shape {array.shape}; expected {axes} = {shape}, or {(*shape, 1)}."
         )
     if not (array.dtype == jnp.bool_ or jnp.issubdtype(array.dtype, jnp.number)):
-        raise ValueError(f"{name} has dtype {array.dtype}; expected bool or a number type.")
+        raise TypeError(f"{name} has dtype {array.dtype}; expected bool or a number type.")
     array = array.reshape(shape) != 0
     return array if time_major else array.T
 
 
 def _within_length(input_length: Any, batch: Any, time: Any) -> Array:
     """Whether t < input_length: bool `[T, B]`."""
-    length = _as_array("input_length", input_length)
+    length = _as_array("input_length", _within_int32(input_length))
     if length.shape not in ((), (batch,)) or not jnp.issubdtype(length.dtype, jnp.integer):
         raise ValueError(
             f"input_length has shape {length.shape} and dtype {length.dtype}; expected an integer, "
             f"or integers [B] = {(batch,)}."
         )
-    return jnp.arange(time)[:, None] < jnp.broadcast_to(length, (batch,))
+    length = jnp.broadcast_to(length.astype(jnp.int32), (batch,))
+    return jnp.arange(time, dtype=jnp.int32)[:, None] < length
+
+
+def _within_int32(numbers: Any) -> Any:
+    """Integers of any width, with int32's largest or smallest for those that it has not."""
+    xp = jnp if isinstance(numbers, jax.Array) else np
+    try:
+        array = xp.asarray(numbers)
+    except ValueError:  # ragged
+        return numbers
+    limits = np.iinfo(np.int32)
+    if array.dtype in (np.int64, np.uint32, np.uint64):
+        return xp.clip(array, None if array.dtype.kind == "u" else limits.min, limits.max)
+    return numbers
 
 
 def _check_per_sample(name: str, states: PyTree, batch: Any) -> None:
@@ -290,10 +315,15 @@ def _match_leaves(new_states: PyTree, states: PyTree) -> PyTree:
             return new
         if jnp.issubdtype(new.dtype, jnp.floating) and jnp.issubdtype(old.dtype, jnp.floating):
             return new.astype(old.dtype)
+        remedy = (
+            f"Cast one of them: return new_state.astype('{old.dtype}'), or start from "
+            f"initial_state.astype('{new.dtype}')."
+        )
+        if is_key(new) or is_key(old):
+            remedy = "A random key stays one: the next is made of it by jax.random.split."
         raise TypeError(
             f"step_function returned new_states{name} with dtype {new.dtype}; expected "
-            f"{old.dtype}, the dtype of initial_states{name}. Cast one of them: return "
-            f"new_state.astype('{old.dtype}'), or start from initial_state.astype('{new.dtype}')."
+            f"{old.dtype}, the dtype of initial_states{name}. {remedy}"
         )
 
     return jax.tree_util.tree_map_with_path(match, new_states, states)
@@ -319,6 +349,11 @@ def _as_array(name: str, value: Any) -> Array:
         array = jnp.asarray(value)
     except TypeError as error:
         raise TypeError(f"{name} is {_describe(value)}; expected an array.") from error
+    except (OverflowError, ValueError) as error:
+        raise ValueError(
+            f"{name} is {_describe(value)}; expected an array, and none can be made of it: "
+            f"{str(error).rstrip('.')}."
+        ) from error
     return array if is_key(array) else lax.convert_element_type(array, array.dtype)
 
 
@@ -330,8 +365,8 @@ def _describe(value: Any) -> str:
     """`value` in a few words: what a user needs to recognise it."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"an array of shape {value.shape} and dtype {value.dtype}"
-    if value is None:
-        return "None"
+    if value is None or isinstance(value, int | float):
+        return repr(value)
     if isinstance(value, dict):
         return f"a {type(value).__name__} with keys {sorted(map(str, value))}"
     if isinstance(value, list | tuple):

@@ -1,9 +1,10 @@
-"""What a masked step and a reset do to a batch: select, fill and shield, leaf by leaf.
+"""What a masked step and a reset do to a batch: select, fill and substitute, leaf by leaf.
 
 Everything here is selection with `jnp.where` along the batch axis, so a masked sample leaves no
 trace in values or in derivatives. The one thing that selection alone cannot do is stop a NaN
 derivative: `where(m, f(x), 0)` multiplies the derivative of `f` by zero, and zero times infinity is
-NaN. Hence `shield`: a masked sample's input is replaced *before* the step sees it.
+NaN. Hence `substitutes`: a masked sample's input and states are replaced *before* the step sees
+them.
 """
 
 from typing import Any
@@ -44,31 +45,54 @@ def zero_unless(condition: Array, tree: PyTree) -> PyTree:
     )
 
 
-def substitutes(valid: Array, inputs: PyTree) -> PyTree:
-    """What a masked step is fed in place of its input: finite, and safe to differentiate at.
+def substitutes(
+    valid: Array, inputs: PyTree, states: PyTree, go_backwards: bool
+) -> tuple[PyTree, PyTree]:
+    """What a masked step is fed in place of its input and its states: safe to differentiate at.
 
-    Each sample gets its own first valid row, a point at which the step has to be evaluated anyway.
-    A sample without any gets a ramp inside (0, 1): unlike zeros or ones it is no singular point of
+    Each sample gets its own first valid row and the states that it starts from: a point at which
+    the step has to be evaluated anyway. The row alone would not do, for a step that divides by its
+    distance from the row before. A sample without any valid row gets both from one that has some.
+    If none has, the row is a ramp inside (0, 1): unlike zeros or ones it is no singular point of
     logarithms, roots, quotients or of normalising a row by its spread.
 
     Args:
         valid: `[T, B]`, bool.
         inputs: pytree of arrays `[T, B, ...]`.
+        states: pytree of arrays `[B, ...]`, the initial states.
+        go_backwards: whether the last row is the first to be processed.
 
     Returns:
-        A pytree of arrays `[B, ...]`, through which no derivative flows.
+        The input and the states, pytrees of arrays `[B, ...]` through which no derivative flows.
     """
-    first = jnp.argmax(valid, axis=0)
     has_any = jnp.any(valid, axis=0)
+    # Reductions over samples, as few as can be: over devices each is a message.
+    samples = jnp.arange(has_any.shape[0])
+    lender = jnp.min(samples, where=has_any, initial=has_any.shape[0])
+    some = lender < has_any.shape[0]
+    if go_backwards:
+        first = valid.shape[0] - 1 - jnp.argmax(valid[::-1], axis=0)
+    else:
+        first = jnp.argmax(valid, axis=0)
 
-    def substitute(leaf: Array) -> Array:
+    def own_or_lent(own: Array) -> Array:
+        if is_key(own):
+            return own
+        total = jnp.any if own.dtype == jnp.bool_ else jnp.sum
+        lent = total(
+            jnp.where(_align(samples == lender, own), own, jnp.zeros((), own.dtype)), axis=0
+        )
+        own = jnp.where(_align(has_any | ~some, own), own, lent.astype(own.dtype))
+        return lax.stop_gradient(own)
+
+    def row(leaf: Array) -> Array:
         index = first.reshape(1, -1, *(1,) * (leaf.ndim - 2))
-        row = jnp.take_along_axis(leaf, index, axis=0)[0]
+        row = own_or_lent(jnp.take_along_axis(leaf, index, axis=0)[0])
         if jnp.issubdtype(leaf.dtype, jnp.inexact):
-            row = jnp.where(_align(has_any, row), row, _ramp(row.shape[1:]).astype(leaf.dtype))
-        return lax.stop_gradient(row)
+            row = jnp.where(some, row, _ramp(row.shape[1:]).astype(leaf.dtype))
+        return row
 
-    return jax.tree.map(substitute, inputs)
+    return jax.tree.map(row, inputs), jax.tree.map(own_or_lent, states)
 
 
 def _ramp(shape: tuple[int, ...]) -> Array:

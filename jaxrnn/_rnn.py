@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxrnn import _arguments, _masking
 from jaxrnn._arguments import Operands, Options, Step
 from jaxrnn._block import time_first
-from jaxrnn._jaxpr import explicit_spec, zeros_of
+from jaxrnn._jaxpr import explicit_spec, varying_as, zeros_of
 from jaxrnn._scan import check_options, scan_along
 
 Array = jax.Array
@@ -107,7 +107,7 @@ def rnn(
         remat=remat,
         method=method,
     )
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(operands)):
+    if _is_compiled_anyway(operands) or not _arguments.are_arrays(operands.constants):
         return run(step_function, options, operands)
     return _compiled(step_function)(options, operands)
 
@@ -174,21 +174,25 @@ def run(
     hold = valid is not None or not options.return_all_outputs
     carry_output = hold and not output_is_state
     held = _initial_output(output_like, states) if carry_output else None
-    fill = None if valid is None else _masking.substitutes(valid, inputs)
+    fill = None
+    if valid is not None:
+        fill = _masking.substitutes(valid, inputs, states, options.go_backwards)
     chunk = options.chunk
     time = jax.tree.leaves(inputs)[0].shape[0]
-    if chunk == "auto" and carry_output and not options.return_all_outputs and valid is not None:
+    selects = carry_output and not options.return_all_outputs and valid is not None
+    if selects and isinstance(time, int) and not (isinstance(chunk, int) and chunk < time):
         # Selecting the last valid output takes the outputs of a block: let that not be all T.
-        chunk = math.isqrt(time) if isinstance(time, int) else None
+        chunk = math.isqrt(time)
 
     def body(carry: PyTree, slice_t: PyTree) -> tuple[PyTree, PyTree]:
         old_states, held = carry
         input_t, valid_t, reset_t = slice_t
         if reset_t is not None:
             old_states = _masking.select(~reset_t, old_states, states)
+        seen = input_t, old_states
         if valid_t is not None:
-            input_t = _masking.select(valid_t, input_t, fill)
-        output, new_states = step(input_t, old_states)
+            seen = _masking.select(valid_t, seen, fill)
+        output, new_states = step(*seen)
         y = output
         if valid_t is not None:
             new_states = _masking.select(valid_t, new_states, old_states)
@@ -247,6 +251,19 @@ def _assemble(
     return last_output, outputs
 
 
+def _is_compiled_anyway(operands: Operands) -> bool:
+    """Whether the call is being traced for `jit`, which it need not bring itself.
+
+    Under `grad` or `vmap` alone operands are tracers as well, but not what is made of nothing.
+    """
+    leaves = jax.tree.leaves(operands)
+    return any(map(_is_tracer, leaves)) and _is_tracer(jnp.zeros(()))
+
+
+def _is_tracer(leaf: Any) -> bool:
+    return isinstance(leaf, jax.core.Tracer)
+
+
 def _compiled(step_function: Step) -> Callable[[Options, Operands], Result]:
     """`run` of a step, jitted once: a second call outside jit traces nothing.
 
@@ -289,7 +306,8 @@ def _trace_step(step: Step, inputs: PyTree, states: PyTree) -> tuple[PyTree, PyT
 
 
 def _placed(state: Array, new: jax.ShapeDtypeStruct) -> Array:
-    """A fresh initial state split over an explicit mesh as the state that the step makes of it."""
+    """A fresh initial state split over a mesh as the state that the step makes of it."""
+    state = varying_as(state, new)
     sharding = explicit_spec(new)
     if sharding is None or sharding == jax.typeof(state).sharding:
         return state

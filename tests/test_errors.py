@@ -159,6 +159,31 @@ ARGUMENTS = {
         (keeps, X, [H]),
         {"input_length": 3.5},
     ),
+    "ragged_mask": (ValueError, ["mask", "list of length 2"], (keeps, X, [H]), {"mask": [[1], []]}),
+    "mask_of_keys": (
+        TypeError,
+        ["mask", "key<fry>", "bool"],
+        (keeps, X, [H]),
+        {"mask": jax.random.split(jax.random.key(0), (3, 7))},
+    ),
+    "a_number_too_large_for_a_state": (
+        ValueError,
+        ["initial_states[1]", "1099511627776", "int32"],
+        (keeps, X, [H, 2**40]),
+        {},
+    ),
+    "two_directions": (
+        ValueError,
+        ["go_backwards", "[1, 0]", "True or False"],
+        (keeps, X, [H]),
+        {"go_backwards": [1, 0]},
+    ),
+    "a_word_for_a_flag": (
+        ValueError,
+        ["time_major", "'no'", "True or False"],
+        (keeps, X, [H]),
+        {"time_major": "no"},
+    ),
     "state_without_batch_axis_under_a_mask": (
         ValueError,
         ["initial_states[1]['n']", "()", "mask", "batch"],
@@ -289,6 +314,14 @@ def test_a_wrong_step(mistake, flags):
 def test_an_array_whose_batch_is_two_is_no_pair():
     """It could be unpacked into two things, neither of them meant."""
     assert_refused(ValueError, ["step_function", "pair"], lambda x, _: x, X[:2], [H[:2]])
+
+
+def test_a_key_of_another_kind():
+    def step(x, states):
+        return x, [jax.random.key(0, impl="rbg")]
+
+    words = ["initial_states[0]", "key<fry>", "key<rbg>", "jax.random.split"]
+    assert_refused(TypeError, words, step, X, [jax.random.key(0)])
 
 
 def test_a_wrong_step_under_jit_and_grad_reads_the_same():

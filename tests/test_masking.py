@@ -107,27 +107,62 @@ def normalising_step(xp, p):
     return step
 
 
+def interval_step(xp, p):
+    """Singular where the input is that of the step before: a quotient and the root of a square."""
+
+    def step(x, states):
+        h, before = states
+        distance = xp.sqrt(((x - before) ** 2).sum(axis=-1, keepdims=True))
+        h = xp.tanh((x / distance) @ p["w"] + h @ p["u"])
+        return h, [h, x]
+
+    return step
+
+
+def undefined_step(xp, p):
+    """Singular below the data, and at zeros, from which the sample without data starts."""
+
+    def step(x, states):
+        direction = states[0] / xp.sqrt((states[0] ** 2).sum(axis=-1, keepdims=True))
+        h = xp.tanh(xp.log(x - 0.25) @ p["w"] + direction @ p["u"])
+        return h, [h]
+
+    return step
+
+
 @pytest.mark.parametrize(
     ("make_step", "flags"),
-    [(log_step, BLOCKS), (log_step, {}), (normalising_step, BLOCKS | {"unroll": True})],
+    [
+        (log_step, BLOCKS),
+        (log_step, {}),
+        (normalising_step, BLOCKS | {"unroll": True}),
+        (interval_step, {"go_backwards": True, "remat": True}),
+        (undefined_step, BLOCKS),
+    ],
 )
 def test_gradients_stay_finite_for_a_step_singular_at_the_padding(make_step, flags):
     rng = np.random.default_rng(1)
     inputs = rng.uniform(0.5, 2.0, (3, 7, 4)).astype(np.float32)
-    rest = (
-        {"w": rng.normal(size=(4, 4)).astype(np.float32), "u": np.eye(4, dtype=np.float32)},
-        [rng.normal(size=(3, 4)).astype(np.float32)],
-    )
+    params = {"w": rng.normal(size=(4, 4)).astype(np.float32), "u": np.eye(4, dtype=np.float32)}
+    states = [rng.normal(size=(3, 4)).astype(np.float32)]
+    if make_step is interval_step:
+        states.append(np.zeros((3, 4), np.float32))
+    if make_step is undefined_step:
+        states[0][2] = 0
+    rest = (params, states)
+    backwards = flags.get("go_backwards", False)
 
     def call(rnn, xp, inputs, rest, **flags):
         return rnn(make_step(xp, rest[0]), inputs, rest[1], mask=GAPS, **flags)
 
+    @np.errstate(invalid="ignore")  # the reference runs masked steps, too, and throws them away
+    def reference(inputs, rest):
+        return call(reference_rnn, np, inputs, rest, go_backwards=backwards)
+
     run = results_and_gradients(lambda x, r: call(jaxrnn.rnn, jnp, x, r, **flags))
     (_, results), gradients = run(with_padding(inputs, GAPS, 0.0), rest)
-    assert_same(results, call(reference_rnn, np, inputs, rest))
-    expected = numerical_gradient(
-        lambda both: scalar_of(call(reference_rnn, np, *both), np), (inputs, rest)
-    )
+    assert_same(results, reference(inputs, rest))
+    expected = numerical_gradient(lambda both: scalar_of(reference(*both), np), (inputs, rest))
     assert_same(gradients, cast_floats(expected, np.float32), scale=10)
     for padding in (np.nan, -1.0):
         (_, padded_results), padded = run(with_padding(inputs, GAPS, padding), rest)

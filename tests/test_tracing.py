@@ -73,6 +73,41 @@ def test_a_second_eager_call_of_the_same_shapes_traces_nothing(flags):
     assert_same(actual, reference_rnn(plain, 2.0 * X, [3.0 * H], **other))
 
 
+@pytest.mark.parametrize(
+    "transformation",
+    [
+        lambda f: jax.grad(lambda x: f(x)[0].sum()),
+        lambda f: jax.vmap(lambda x: f(x[None])),
+        lambda f: lambda x: jax.jvp(f, (x,), (x,)),
+    ],
+    ids=["grad", "vmap", "jvp"],
+)
+def test_a_second_eager_transformation_traces_nothing(transformation):
+    step, calls = counting_step()
+
+    def call(x):
+        return jaxrnn.rnn(step, x, [H[: len(x)]])
+
+    transformed = transformation(call)
+    transformed(jnp.asarray(X))
+    before = len(calls)
+    transformed(2 * jnp.asarray(X))
+    assert len(calls) == before
+
+
+def test_constants_that_are_no_arrays_reach_the_step_inside_and_outside_jit():
+    def step(x, states):
+        h, function, name = states
+        assert name == "tanh"
+        h = function(x + h)
+        return h, [h]
+
+    def call(x):
+        return jaxrnn.rnn(step, x, [H], constants=[jnp.tanh, "tanh"])
+
+    assert_same(call(X), jax.jit(call)(X))
+
+
 def test_states_handed_on_trace_nothing_new():
     """Streaming: new_states are as good as the initial states that the call began with."""
     step, calls = counting_step()
