@@ -108,6 +108,17 @@ def dependents(program: Program, sources: Sequence[Var]) -> set[Var]:
     return found
 
 
+def moved_by(program: Program, sources: Sequence[Var]) -> set[Atom]:
+    """The variables of `program` that have a tangent where `sources` have one."""
+    found: set[Atom] = set(sources)
+    for equation in program.equations:
+        if equation.primitive is not p.stop_gradient_p and any(
+            not isinstance(a, Literal) and a in found for a in equation.invars
+        ):
+            found |= {v for v in equation.outvars if jnp.issubdtype(dtype(v), jnp.inexact)}
+    return found
+
+
 def read(env: Mapping[Any, Any], atom: Atom) -> Any:
     """The value of an atom: a literal's own, a variable's in `env`."""
     return atom.val if isinstance(atom, Literal) else env[atom]

@@ -79,9 +79,7 @@ def substitutes(
         if is_key(own):
             return own
         total = jnp.any if own.dtype == jnp.bool_ else jnp.sum
-        lent = total(
-            jnp.where(_align(samples == lender, own), own, jnp.zeros((), own.dtype)), axis=0
-        )
+        lent = total(zero_unless(samples == lender, own), axis=0)
         own = jnp.where(_align(has_any | ~some, own), own, lent.astype(own.dtype))
         return lax.stop_gradient(own)
 

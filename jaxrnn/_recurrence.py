@@ -19,7 +19,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxrnn._block import (
     Steps,
@@ -51,7 +50,7 @@ from jaxrnn._jaxpr import (
     trace,
     variables,
 )
-from jaxrnn._tangent import State, Tangent, is_differentiable, only_split
+from jaxrnn._tangent import State, Tangent, only_split, zero_of
 
 Array = jax.Array
 
@@ -153,7 +152,10 @@ def _run(
         tangent = Tangent(program, primals, tangents, axes, made, where, states)
         t_last, t_ys = tangent.run(steps, block)
         ys = made[: len(yielded)]
-        return (last, ys), (_fill(last, t_last), _fill(ys, t_ys))
+        return (last, ys), (
+            _fill(last, tangent.moving_carry, t_last),
+            _fill(ys, tangent.moving_ys, t_ys),
+        )
 
     run.defjvp(rule, symbolic_zeros=True)
     return run(list(consts), list(carry), list(xs))
@@ -190,13 +192,10 @@ def _forward_rule(equation: Equation, values: Sequence[Any]) -> list[Any]:
     return results
 
 
-def _fill(primals: Sequence[Array], tangents: Sequence[Array]) -> list[Any]:
-    """`tangents`, which belong to the differentiable ones among `primals`, and zeros between."""
-    given = iter(tangents)
-    return [
-        next(given) if is_differentiable(x) else np.zeros(np.shape(x), jax.dtypes.float0)
-        for x in primals
-    ]
+def _fill(primals: Sequence[Array], moving: Sequence[int], tangents: Sequence[Any]) -> list[Any]:
+    """`tangents`, which belong to the `moving` ones among `primals`, and zeros between."""
+    given = dict(zip(moving, tangents, strict=True))
+    return [given[i] if i in given else zero_of(x) for i, x in enumerate(primals)]
 
 
 def _kept(program: Program) -> list[Var]:

@@ -27,7 +27,7 @@ from jaxrnn._jaxpr import (
     variables,
 )
 from jaxrnn._recurrence import run_split
-from jaxrnn._tangent import is_moving
+from jaxrnn._tangent import is_moving, zero_of
 
 Array = jax.Array
 PyTree = Any
@@ -174,7 +174,12 @@ def _run_for_gradients(
             consts, carry, xs = jax.tree.unflatten(tree, placed)
             return run_split(split.plan, consts, carry, xs, axes, steps, block, False)
 
-        return jax.jvp(of, [values[i] for i in moving], [slopes[i] for i in moving])
+        last_and_ys, changes = jax.jvp(of, [values[i] for i in moving], [slopes[i] for i in moving])
+        return last_and_ys, jax.tree.map(
+            lambda value, t: zero_of(value) if t.dtype == jax.dtypes.float0 else t,
+            last_and_ys,
+            changes,
+        )
 
     run.defjvp(rule, symbolic_zeros=True)
     return run(list(split.consts), list(split.carry), xs)

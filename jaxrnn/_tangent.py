@@ -8,22 +8,25 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
 from jaxrnn._algebra import simplify
 from jaxrnn._block import Steps, block_of, over_blocks, run_block, run_invariant, time_first
 from jaxrnn._fission import Loop, fission
 from jaxrnn._jaxpr import (
     Equation,
+    Literal,
     Program,
     Var,
     bind,
     dependents,
+    moved_by,
     read,
     slope_by_output,
     split_p,
     trace,
     variables,
+    varying_as,
 )
 
 Array = jax.Array
@@ -73,18 +76,38 @@ class Tangent:
         }
         self.consts, self.carry, self.xs = list(consts), list(carry), list(xs)
         self.moving_consts = [i for i, t in enumerate(t_consts) if is_moving(t)]
-        self.moving_carry = [i for i, c in enumerate(carry) if is_differentiable(c)]
         self.moving_xs = [i for i, t in enumerate(t_xs) if is_moving(t)]
+        self.moving_carry, self.moving_ys = self._moving(t_carry)
         self.t_consts = [t_consts[i] for i in self.moving_consts]
         self.t_carry = [
-            t_carry[i] if is_moving(t_carry[i]) else jnp.zeros_like(carry[i])
+            t_carry[i] if is_moving(t_carry[i]) else _zeros_like(carry[i])
             for i in self.moving_carry
         ]
         self.t_xs = [t_xs[i] for i in self.moving_xs]
         self.axes, self.t_axes = axes, [axes[i] for i in self.moving_xs]
 
+    def _moving(self, t_carry: Sequence[Any]) -> tuple[list[int], list[int]]:
+        """Which carries and ys have a tangent; the others are not differentiated.
+
+        A step may not even have a derivative by them, or none that is finite.
+        """
+        inputs, count = self.program.invars, len(self.consts)
+        carries, outs = inputs[count:][: len(t_carry)], self.program.outvars
+        given = [
+            *(inputs[i] for i in self.moving_consts),
+            *(inputs[count + len(carries) + i] for i in self.moving_xs),
+        ]
+        moving = {i for i, t in enumerate(t_carry) if is_moving(t)}
+        while True:
+            reached = moved_by(self.program, [*given, *(carries[i] for i in moving)])
+            found = {i for i, v in enumerate(outs) if not isinstance(v, Literal) and v in reached}
+            more = {i for i in found if i < len(carries)} - moving
+            if not more:
+                return sorted(moving), sorted(i - len(carries) for i in found - moving)
+            moving |= more
+
     def run(self, steps: Steps, block: int) -> tuple[list[Array], list[Array]]:
-        """The tangents of the last carry and of ys, of the differentiable ones among them."""
+        """The tangents of the last carry and of ys, of those among them that have one."""
         consts = [*self.consts, *self.t_consts]
         values = [self.rows[i][0] for i in self.kept.values()]
         t_xs, xs = (
@@ -188,8 +211,9 @@ class Tangent:
                 operands = [read(env, a) for a in equation.invars]
                 results = self._results(equation, operands, known)
                 env.update(zip(equation.outvars, results, strict=True))
-            outs = [jnp.asarray(read(env, a)) for a in self.program.outvars]
-            return [out for out in outs if is_differentiable(out)]
+            ys = [len(self.carry) + i for i in self.moving_ys]
+            outs = [self.program.outvars[i] for i in (*self.moving_carry, *ys)]
+            return [jnp.asarray(read(env, out)) for out in outs]
 
         primals = [inputs[i] for i in moving]
         return jax.jvp(outputs, primals, [*t_consts, *t_carry, *t_xs])[1]
@@ -239,6 +263,10 @@ def _one_before(rows: Array, first: Array, steps: Steps) -> Array:
     return jnp.concatenate([rows[1:], first[None]] if steps.reverse else [first[None], rows[:-1]])
 
 
+def _zeros_like(carry: Array) -> Array:
+    return varying_as(jnp.zeros_like(carry), jax.typeof(carry))
+
+
 def _as_it_is(_value: Array, tangent: Array) -> Array:
     return tangent
 
@@ -269,8 +297,9 @@ def only_split(program: Program) -> dict[Var, Equation]:
     }
 
 
-def is_differentiable(value: Any) -> bool:
-    return bool(jnp.issubdtype(value.dtype, jnp.inexact))
+def zero_of(primal: Array) -> Any:
+    """A zero for a tangent of `primal` in a rule with symbolic zeros."""
+    return zero_from_primal(primal, symbolic_zeros=True)
 
 
 def is_moving(tangent: Any) -> bool:

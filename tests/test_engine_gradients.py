@@ -82,6 +82,33 @@ def test_integers_have_tangents_of_no_size():
     assert backward(init["h"])[0]["n"].dtype == jax.dtypes.float0
 
 
+def seen_by_the_host(c):
+    return jax.pure_callback(np.sin, jax.typeof(c), c, vmap_method="sequential")
+
+
+@pytest.mark.parametrize("mode", [jax.jacfwd, jax.jacrev])
+@pytest.mark.parametrize(
+    "step", [jnp.sqrt, seen_by_the_host, lambda c: jnp.nextafter(c, 1.0)],
+    ids=["infinite", "unknown", "none"],
+)  # fmt: skip
+def test_a_state_without_a_tangent_is_not_differentiated(step, mode):
+    """Its step may have no derivative, or an infinite one, of which zero times makes NaN."""
+    p, h, xs = floats()
+
+    def jacobian(scan, u):
+        def of(u):
+            def body(carry, x):
+                h, c, late = carry
+                h = jnp.tanh(h @ u + late + c + x @ p["w"][:, :UNITS])
+                return (h, step(c), h), (h, c)
+
+            return scan(body, (h, jnp.zeros(()), h), xs)[1]
+
+        return mode(of)(u)
+
+    assert_agree(jacobian, p["u"][:, :UNITS])
+
+
 # Second order, and other modes.
 
 

@@ -131,3 +131,27 @@ def test_shard_map_with_a_collective_inside_the_body(flags):
 
     actual = value_and_gradient(functools.partial(jaxrnn.scan, method="sequential", **flags))
     assert_same(actual, value_and_gradient(lax.scan), scale=10)
+
+
+def test_shard_map_with_integers_and_keys_of_each_device():
+    mesh = jax.make_mesh((DEVICES,), ("batch",), (AxisType.Auto,))
+    p, _, xs = problem("elman_cell", 4)
+
+    def gradient(scan):
+        def run(p, xs):
+            def body(carry, x):
+                h, n, key = carry
+                kept = jax.random.bernoulli(key, shape=h.shape)
+                h = jnp.tanh(x @ p["w"] + h @ p["u"] + n) * kept
+                return (h, n + 1, jax.random.split(key)[0]), (h, n)
+
+            device = lax.axis_index("batch")
+            init = (xs[0] @ p["w"], device, jax.random.key(device))
+            return scan(body, init, xs)[1][0]
+
+        split = jax.shard_map(
+            run, mesh=mesh, in_specs=(P(), P(None, "batch")), out_specs=P(None, "batch")
+        )
+        return jax.jit(jax.grad(lambda p: (split(p, xs) ** 2).sum()))(p)
+
+    assert_same(gradient(functools.partial(jaxrnn.scan, method="sequential")), gradient(lax.scan))
