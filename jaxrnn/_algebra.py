@@ -21,6 +21,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -39,6 +40,7 @@ from jaxrnn._jaxpr import (
     concatenate_p,
     dot_general_p,
     dtype,
+    explicit_spec,
     inline,
     is_elementwise,
     reshape_p,
@@ -121,24 +123,22 @@ class _Rewriter:
             if equation.outvars[0] not in env:
                 results = self._apply(equation, env)
                 env |= zip(equation.outvars, results, strict=True)
-        return [self._read(env, atom).array for atom in self.program.outvars]
+        return [self._array(env, atom) for atom in self.program.outvars]
 
     def _apply(self, equation: Equation, env: dict[Var, _lazy.Value]) -> list[_lazy.Value]:
-        operands = [self._read(env, atom) for atom in equation.invars]
-        rewritten = self._rewritten(equation, operands, env)
-        if rewritten is not None:
-            return rewritten
-        stage = max((value.stage for value in operands), default=-1)
-        outs = bind(equation, [value.array for value in operands])
+        if not _is_of_another_width(equation):
+            rewritten = self._rewritten(equation, env)
+            if rewritten is not None:
+                return rewritten
+        stage = max(map(self._stage, equation.invars), default=-1)
+        outs = bind(equation, [self._array(env, atom) for atom in equation.invars])
         return [_lazy.Value(stage, out) for out in outs]
 
     def _rewritten(
-        self,
-        equation: Equation,
-        operands: Sequence[_lazy.Value],
-        env: dict[Var, _lazy.Value],
+        self, equation: Equation, env: dict[Var, _lazy.Value]
     ) -> list[_lazy.Value] | None:
         primitive = equation.primitive
+        operands = [self._read(env, atom) for atom in equation.invars]
         if primitive in (add_p, add_any_p) and _is_float(equation):
             late = operands[0].stage != operands[1].stage
             if late or any(isinstance(value, _lazy.Sum) for value in operands):
@@ -152,7 +152,7 @@ class _Rewriter:
                 return operands[0].arranged(equation)
         elif primitive is dot_general_p and _is_matrix_product(equation):
             group = self.groups.get(id(equation), [equation])
-            if operands[1].stage == -1:
+            if operands[1].stage == -1 and explicit_spec(equation.invars[1].aval) is None:
                 return (
                     self._merged(group, env) if group[1:] else [self._product(equation, operands)]
                 )
@@ -233,13 +233,17 @@ class _Rewriter:
             else env[atom]
         )
 
+    def _array(self, env: dict[Var, _lazy.Value], atom: Atom) -> Any:
+        return atom.val if isinstance(atom, Literal) else env[atom].array
+
     def _groups(self) -> dict[int, list[Equation]]:
         """Products of one state, or of one concatenation with a state, with different weights."""
         groups: dict[Any, list[Equation]] = defaultdict(list)
         for equation in self.equations:
             if equation.primitive is dot_general_p and _is_matrix_product(equation):
                 lhs, rhs = equation.invars
-                if self._stage(lhs) > 0 and self._stage(rhs) == -1:
+                late = self._stage(lhs) > 0 and self._stage(rhs) == -1
+                if late and explicit_spec(rhs.aval) is None:
                     groups[lhs, dtype(rhs), str(equation.params)].append(equation)
         return {id(group[0]): group for group in groups.values() if len(group) > 1}
 
@@ -287,6 +291,16 @@ def _turned(equation: Equation, lhs: Array, rhs: Array) -> Array:
     (contract_lhs, (axis,)), batch = params.pop("dimension_numbers")
     dimensions = ((contract_lhs, (1 - axis,)), batch)
     return lax.dot_general(lhs, rhs.T, dimensions, **params)
+
+
+def _is_of_another_width(equation: Equation) -> bool:
+    """Whether numbers are wider than is allowed outside a context that the body has entered."""
+    allowed = jnp.result_type(float).itemsize
+    return any(
+        not jnp.issubdtype(dtype(a), jax.dtypes.extended)
+        and dtype(a).itemsize > allowed * (1 + jnp.issubdtype(dtype(a), jnp.complexfloating))
+        for a in (*equation.invars, *equation.outvars)
+    )
 
 
 def _is_float(equation: Equation) -> bool:

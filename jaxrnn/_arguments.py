@@ -92,15 +92,6 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def are_arrays(tree: PyTree) -> bool:
-    """Whether all leaves can be operands of a compiled function."""
-    return all(
-        isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | float | complex)
-        or (isinstance(leaf, int) and abs(leaf) < 1 << 31)
-        for leaf in jax.tree.leaves(tree)
-    )
-
-
 def normalize_unroll(unroll: Any, time: Any) -> bool | int:
     """`unroll` as `lax.scan` takes it."""
     if isinstance(unroll, bool | np.bool_):

@@ -131,7 +131,7 @@ def variables(atoms: Iterable[Atom]) -> list[Var]:
 
 def size(atom: Atom) -> int:
     """The number of elements of the array that `atom` stands for; a symbolic axis counts as 64."""
-    return math.prod(map(_length, shape(atom)))
+    return _count(shape(atom))
 
 
 def size_in_bytes(atom: Atom) -> int:
@@ -170,6 +170,14 @@ def is_weak(atom: Atom) -> bool:
     return bool(getattr(atom.aval, "weak_type", False))
 
 
+def weak_as(value: jax.Array, like: Atom) -> jax.Array:
+    """`value`, weakly typed if the array that `like` stands for is."""
+    if not is_weak(like) or value.weak_type:
+        return value
+    params = {"new_dtype": value.dtype, "weak_type": True, "sharding": None}
+    return p.convert_element_type_p.bind(value, **params)
+
+
 def zeros_of(like: jax.ShapeDtypeStruct) -> jax.Array:
     """Zeros that under `shard_map` vary over the mesh as `like` does; `jnp.zeros_like` forgets."""
     return varying_as(jnp.zeros(like.shape, like.dtype), like)
@@ -206,19 +214,16 @@ def is_heavy(equation: Equation) -> bool:
 
 
 def multiply_adds(equation: Equation) -> int:
-    """The multiplications of a matrix product or convolution; 0 for anything else.
-
-    A symbolic axis counts as 64.
-    """
+    """The multiplications of a matrix product or convolution; 0 for anything else."""
     if equation.primitive not in _PRODUCTS:
         return 0
     lhs, rhs = equation.invars[:2]
     if equation.primitive is dot_general_p:
         (contracted, _), _ = equation.params["dimension_numbers"]
-        per_output = math.prod(_length(shape(lhs)[axis]) for axis in contracted)
+        per_output = _count(shape(lhs)[axis] for axis in contracted)
     else:
         outputs = equation.params["dimension_numbers"].rhs_spec[0]
-        per_output = size(rhs) // max(_length(shape(rhs)[outputs]), 1)
+        per_output = size(rhs) // max(shape(rhs)[outputs], 1)
     return per_output * size(equation.outvars[0])
 
 
@@ -290,8 +295,8 @@ def split_p() -> Any:
     return jax.make_jaxpr(lambda x: lax.split(x, (1, 1)))(x).jaxpr.eqns[0].primitive
 
 
-def _length(axis: Any) -> int:
-    return axis if isinstance(axis, int) else 64
+def _count(lengths: Iterable[Any]) -> int:
+    return math.prod(n if isinstance(n, int) else 64 for n in lengths)
 
 
 def _inner_jaxprs(equation: Equation) -> list[Any]:

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 from jaxrnn import _arguments, _masking
 from jaxrnn._arguments import Operands, Options, Step
 from jaxrnn._block import time_first
+from jaxrnn._eager import is_jit_disabled, run_compiled
 from jaxrnn._jaxpr import explicit_spec, varying_as, zeros_of
 from jaxrnn._scan import check_options, scan_along
 
@@ -107,9 +107,7 @@ def rnn(
         remat=remat,
         method=method,
     )
-    if _is_compiled_anyway(operands) or not _arguments.are_arrays(operands.constants):
-        return run(step_function, options, operands)
-    return _compiled(step_function)(options, operands)
+    return run_compiled("rnn", run, step_function, options, operands)
 
 
 def prepare(
@@ -251,47 +249,6 @@ def _assemble(
     return last_output, outputs
 
 
-def _is_compiled_anyway(operands: Operands) -> bool:
-    """Whether the call is being traced for `jit`, which it need not bring itself.
-
-    Under `grad` or `vmap` alone operands are tracers as well, but not what is made of nothing.
-    """
-    leaves = jax.tree.leaves(operands)
-    return any(map(_is_tracer, leaves)) and _is_tracer(jnp.zeros(()))
-
-
-def _is_tracer(leaf: Any) -> bool:
-    return isinstance(leaf, jax.core.Tracer)
-
-
-def _compiled(step_function: Step) -> Callable[[Options, Operands], Result]:
-    """`run` of a step, jitted once: a second call outside jit traces nothing.
-
-    Kept as long as the step is: the jitted function refers to it weakly, or the step would never
-    be freed. A step that cannot be referred to so is simply traced again.
-    """
-    try:
-        return _compiled_steps[step_function]
-    except KeyError:
-        reference = weakref.ref(step_function)
-    except TypeError:
-        return functools.partial(run, step_function)
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def rnn(options: Options, operands: Operands) -> Result:
-        step = reference()
-        assert step is not None, "the caller holds it"
-        return run(step, options, operands)
-
-    _compiled_steps[step_function] = rnn
-    return rnn
-
-
-_compiled_steps: weakref.WeakKeyDictionary[Step, Callable[[Options, Operands], Result]] = (
-    weakref.WeakKeyDictionary()
-)
-
-
 def _trace_step(step: Step, inputs: PyTree, states: PyTree) -> tuple[PyTree, PyTree, bool]:
     """Types of the output and the new states; whether the output is, leaf by leaf, the first."""
     is_state = False
@@ -302,6 +259,9 @@ def _trace_step(step: Step, inputs: PyTree, states: PyTree) -> tuple[PyTree, PyT
         is_state = _agree(lambda y, s: y is s, output, _first_state(new_states))
         return output, new_states
 
+    if is_jit_disabled():
+        results = trace(inputs, states)
+        return *jax.eval_shape(lambda: results), is_state
     return *jax.eval_shape(trace, inputs, states), is_state
 
 

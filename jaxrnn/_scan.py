@@ -1,6 +1,7 @@
 """`scan`: `jax.lax.scan` run as an expert would have written it, over blocks of time."""
 
 import math
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from jax import lax
 
 from jaxrnn._algebra import simplify
 from jaxrnn._block import Steps, over_blocks, run_plain, time_first
+from jaxrnn._eager import is_jit_disabled, run_compiled
 from jaxrnn._fission import Plan, fission
 from jaxrnn._jaxpr import (
     Atom,
@@ -25,6 +27,7 @@ from jaxrnn._jaxpr import (
     size_in_bytes,
     trace,
     variables,
+    weak_as,
 )
 from jaxrnn._recurrence import run_split
 from jaxrnn._tangent import is_moving, zero_of
@@ -74,9 +77,46 @@ def scan(
     Raises:
         ValueError: for an option that does not fit; and what `jax.lax.scan` raises.
     """
+    check_options(chunk, remat, method)
+    options = _Options(_as_int(length), reverse, unroll, chunk, remat, method)
+    if not _is_hashable(options) or any(getattr(x, "ndim", 0) == 0 for x in jax.tree.leaves(xs)):
+        return _scan(f, options, (init, xs))  # `lax.scan` says what is wrong
+    return run_compiled("scan", _scan, f, options, (init, xs))
+
+
+class _Options(NamedTuple):
+    """The arguments of `scan` that are fixed when it is traced."""
+
+    length: Any
+    reverse: bool
+    unroll: int | bool
+    chunk: int | str | None
+    remat: bool
+    method: str
+
+
+def _scan(f: Body, options: _Options, operands: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+    init, xs = operands
+    length, reverse, unroll, chunk, remat, method = options
     return scan_along(
         f, init, xs, 0, length, reverse, unroll, chunk=chunk, remat=remat, method=method
     )
+
+
+def _is_hashable(options: _Options) -> bool:
+    try:
+        hash(options)
+    except TypeError:
+        return False
+    return True
+
+
+def _as_int(length: Any) -> Any:
+    """A length as a Python number, if it is a whole one."""
+    try:
+        return operator.index(length)
+    except TypeError:
+        return int(length) if isinstance(length, float) and length.is_integer() else length
 
 
 def scan_along(
@@ -96,7 +136,6 @@ def scan_along(
 
     Blocks are cut from xs as they lie in memory; time is brought to the first axis block by block.
     """
-    check_options(chunk, remat, method)
     lying, tree = jax.tree.flatten(xs)
     axes = jax.tree.leaves(jax.tree.map(lambda a, x: jax.tree.map(lambda _: a, x), axes, xs))
     xs = jax.tree.unflatten(tree, map(time_first, lying, axes))
@@ -104,7 +143,7 @@ def scan_along(
     if time is None or not callable(f):
         # Symbolic, and then it cannot be unrolled in groups; or a mistake that it complains about.
         return lax.scan(f, init, xs, length, reverse)
-    if time < 1 or (method == "lax" and not remat):
+    if time < 1 or (method == "lax" and not remat) or is_jit_disabled():
         return lax.scan(f, init, xs, length, reverse, unroll)
     split = None if method == "lax" else split_body(f, init, xs, method)
     if split is None and (not remat or _has_effects(f, init, xs)):
@@ -125,8 +164,8 @@ def scan_along(
         carry, ys = run_split(
             split.plan, split.consts, split.carry, lying, axes, steps, block, remat
         )
-    carry_tree, ys_tree = split.traced.out_tree.children()
-    return jax.tree.unflatten(carry_tree, carry), jax.tree.unflatten(ys_tree, ys)
+    results = map(weak_as, [*carry, *ys], split.traced.program.outvars)
+    return jax.tree.unflatten(split.traced.out_tree, results)
 
 
 def _has_effects(f: Body, init: PyTree, xs: PyTree) -> bool:

@@ -331,3 +331,23 @@ def test_parameters_closed_over_by_an_eager_call():
         lambda p: loss(case, reference_rnn, np, wide._replace(params=p)), arguments.params
     )
     assert_same(jax.grad(eager)(arguments.params), cast_floats(expected, np.float32), scale=10)
+
+
+def test_without_jit_the_step_sees_numbers():
+    """As under a debugger: the masks, the held output and a condition in Python."""
+
+    def step(x, states):
+        h = states[0] * (0.5 if float(jnp.sum(x)) > 0 else 0.25) + x
+        return 2 * h, [h]
+
+    def plain(x, states):
+        h = states[0] * np.float32(0.5 if float(np.sum(x)) > 0 else 0.25) + x
+        return 2 * h, [h]
+
+    # All samples valid at the same steps: a masked one is fed something else.
+    mask = np.tile([1, 0, 1, 1, 0], (2, 1))
+    inputs = np.random.default_rng(0).normal(size=(2, 5, 3)).astype(np.float32)
+    start = [np.ones((2, 3), np.float32)]
+    with jax.disable_jit():
+        actual = jaxrnn.rnn(step, inputs, start, mask=mask)
+    assert_same(actual, reference_rnn(plain, inputs, start, mask=mask))

@@ -1,0 +1,118 @@
+"""`scan` is called as `lax.scan` is: same arguments, contexts and types, and traced as rarely."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_same
+from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import jaxrnn
+
+U, H, X = 0.5 * np.eye(4, dtype=np.float32), np.ones((2, 4), np.float32), np.ones((5, 2, 4))
+X = X.astype(np.float32)
+SPLIT = {"method": "sequential"}
+
+
+def tanh_step(h, x):
+    h = jnp.tanh(h @ U + x)
+    return h, h @ U
+
+
+def weak_types(tree):
+    return jax.tree.map(lambda leaf: (leaf.dtype, leaf.weak_type), tree)
+
+
+@pytest.mark.parametrize("flags", [{}, SPLIT, SPLIT | {"chunk": 2}, {"method": "lax"}])
+@pytest.mark.parametrize(
+    "transformation",
+    [
+        lambda f: f,
+        lambda f: jax.grad(lambda h, x: f(h, x)[1].sum()),
+        lambda f: jax.vmap(f, (None, 1)),
+    ],
+    ids=["values", "grad", "vmap"],
+)
+def test_a_second_eager_call_traces_nothing(flags, transformation):
+    calls = []
+
+    def step(h, x):
+        calls.append(None)
+        return tanh_step(h, x)
+
+    run = transformation(lambda h, x: jaxrnn.scan(step, h, x, **flags))
+    run(H, X)
+    before = len(calls)
+    actual = run(2 * H, X)
+    assert len(calls) == before
+    assert_same(actual, transformation(lambda h, x: lax.scan(tanh_step, h, x))(2 * H, X))
+
+
+@pytest.mark.parametrize("length", [np.array(3), np.int64(3), jnp.int32(3), 3.0])
+def test_lengths_of_other_types(length):
+    traced = jax.make_jaxpr(
+        lambda h: jaxrnn.scan(lambda h, _: tanh_step(h, X[0]), h, None, length, chunk=1, **SPLIT)
+    )(H)
+    # Split as with a plain integer: the blocks are a loop of their own.
+    plain = jax.make_jaxpr(
+        lambda h: jaxrnn.scan(lambda h, _: tanh_step(h, X[0]), h, None, 3, chunk=1, **SPLIT)
+    )(H)
+    assert len(str(traced)) == len(str(plain))
+    actual = jaxrnn.scan(lambda h, _: tanh_step(h, X[0]), H, None, length, **SPLIT)
+    assert_same(actual, lax.scan(lambda h, _: tanh_step(h, X[0]), H, None, 3))
+
+
+@pytest.mark.parametrize("flags", [{}, SPLIT, {"method": "lax", "remat": True}])
+def test_without_jit_the_step_sees_numbers(flags):
+    def step(h, x):
+        return tanh_step(2 * h if float(h.sum()) > 0 else h, x)
+
+    with jax.disable_jit():
+        actual, expected = jaxrnn.scan(step, H, X, **flags), lax.scan(step, H, X)
+    assert_same(actual, expected)
+
+
+def test_double_precision_inside_the_step_alone():
+    def step(h, x):
+        with jax.enable_x64(True):
+            wide = h.astype(jnp.float64) * 2.5 + 1e-9
+            h = (wide + x).astype(jnp.float32)
+        return tanh_step(h, x)
+
+    assert_same(jaxrnn.scan(step, H, X, **SPLIT), lax.scan(step, H, X))
+
+
+@pytest.mark.parametrize("flags", [{}, {"chunk": 2}, {"remat": True}])
+def test_weak_types_stay_weak(flags):
+    def step(carry, x):
+        h, scale, count = carry
+        h, y = tanh_step(h, x[0])
+        return (h, scale * 2, count + 1), (y, scale * 3 + 1, 1.0, x[1])
+
+    xs = X, jnp.broadcast_to(jnp.asarray(2.0), (5,))
+    actual, expected = (
+        scan(step, (H, 1.0, 0), xs, **kwargs)
+        for scan, kwargs in ((jaxrnn.scan, SPLIT | flags), (lax.scan, {}))
+    )
+    assert weak_types(actual) == weak_types(expected)
+    assert_same(actual, expected)
+
+
+@pytest.mark.several_devices
+def test_products_with_weights_split_over_an_explicit_mesh():
+    """Products of one state are not merged where their weights lie differently."""
+    mesh = jax.make_mesh((2,), ("units",), (AxisType.Explicit,), devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        split, whole = jax.device_put(U, P(None, "units")), jax.device_put(U, P(None, None))
+        h, x = jax.device_put(H, P(None, None)), jax.device_put(X, P(None, None, None))
+
+        def step(h, x):
+            z = jax.sharding.reshard(h @ split, P(None, None))
+            return jnp.tanh(z + x), (h @ whole, jnp.concatenate([x, h], 1)[:, 2:6] @ whole)
+
+        actual, expected = jaxrnn.scan(step, h, x, **SPLIT), lax.scan(step, h, x)
+        types = [jax.tree.map(jax.typeof, tree) for tree in (actual, expected)]
+        assert types[0] == types[1]
+    assert_same(actual, expected)
