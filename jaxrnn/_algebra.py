@@ -130,7 +130,7 @@ class _Rewriter:
             rewritten = self._rewritten(equation, env)
             if rewritten is not None:
                 return rewritten
-        stage = max(map(self._stage, equation.invars), default=-1)
+        stage = max((env[v].stage for v in variables(equation.invars)), default=-1)
         outs = bind(equation, [self._array(env, atom) for atom in equation.invars])
         return [_lazy.Value(stage, out) for out in outs]
 
