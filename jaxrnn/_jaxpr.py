@@ -184,10 +184,7 @@ def zeros_of(like: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def empty_rows(like: Atom, length: int, mark: int) -> jax.Array:
-    """Room for `length` arrays like `like`, split over a mesh and varying over it as `like` is.
-
-    `mark` fills it.
-    """
+    """`length` arrays like `like`, full of `mark`, split and varying over a mesh as it is."""
     sharding = explicit_spec(like.aval)
     if sharding is not None:
         spec = jax.sharding.PartitionSpec(None, *sharding.spec)
@@ -257,6 +254,13 @@ def is_elementwise(equation: Equation) -> bool:
     return equation.primitive in _ELEMENTWISE
 
 
+def is_smooth(equation: Equation) -> bool:
+    """Whether the derivative of `equation` is finite at all finite operands, if not too large."""
+    if equation.primitive in _INLINED:
+        return all(map(is_smooth, inner_equations(equation)))
+    return equation.primitive in _SMOOTH or equation.primitive is split_p()
+
+
 def is_random(equation: Equation) -> bool:
     """Whether `equation` draws or derives random bits, which costs more than to store them."""
     return equation.primitive in _RANDOM
@@ -315,13 +319,7 @@ squeeze_p = p.squeeze_p
 _INLINED = frozenset({p.jit_p, p.closed_call_p})
 _LISTED = frozenset(value for name, value in vars(p).items() if name.endswith("_p"))
 _RANDOM = frozenset(
-    {
-        p.random_bits_p,
-        p.random_fold_in_p,
-        p.random_gamma_p,
-        p.random_split_p,
-        p.threefry2x32_p,
-    }
+    {p.random_bits_p, p.random_fold_in_p, p.random_gamma_p, p.random_split_p, p.threefry2x32_p}
 )
 _PINNED = frozenset({p.cond_p, p.while_p, p.rng_bit_generator_p, p.rng_uniform_p})
 _PRODUCTS = frozenset({p.dot_general_p, p.conv_general_dilated_p})
@@ -398,3 +396,4 @@ _LINEAR = frozenset(
         p.transpose_p,
     }
 )
+_SMOOTH = (_ELEMENTWISE | _FREE | _LINEAR | _PRODUCTS) - {p.div_p, p.exp_p, p.integer_pow_p}

@@ -12,7 +12,7 @@ from jaxrnn import _arguments, _masking
 from jaxrnn._arguments import Operands, Options, Step
 from jaxrnn._block import time_first
 from jaxrnn._eager import is_jit_disabled, run_compiled
-from jaxrnn._jaxpr import explicit_spec, varying_as, zeros_of
+from jaxrnn._jaxpr import explicit_spec, is_smooth, varying_as, zeros_of
 from jaxrnn._scan import check_options, scan_along
 
 Array = jax.Array
@@ -164,7 +164,7 @@ def run(
     axis = 0 if options.time_major else 1
     inputs = jax.tree.map(functools.partial(time_first, axis=axis), lying)
     step = _arguments.checked_step(step_function, states, constants)
-    output_like, states_like, output_is_state = _trace_step(step, inputs, states)
+    output_like, states_like, output_is_state, smooth = _trace_step(step, inputs, states)
     states = jax.tree.map(_placed, states, states_like)
 
     # What a masked step, or a call that wants the last output alone, has to remember beside the
@@ -172,7 +172,7 @@ def run(
     hold = valid is not None or not options.return_all_outputs
     carry_output = hold and not output_is_state
     held = _initial_output(output_like, states) if carry_output else None
-    fill = None
+    fill = (None, None)
     if valid is not None:
         fill = _masking.substitutes(valid, inputs, states, options.go_backwards)
     chunk = options.chunk
@@ -187,10 +187,12 @@ def run(
         input_t, valid_t, reset_t = slice_t
         if reset_t is not None:
             old_states = _masking.select(~reset_t, old_states, states)
-        seen = input_t, old_states
+        seen = old_states
         if valid_t is not None:
-            seen = _masking.select(valid_t, seen, fill)
-        output, new_states = step(*seen)
+            input_t = _masking.select(valid_t, input_t, fill[0])
+            # At any state a smooth step is as safe as at those that it begins with.
+            seen = old_states if smooth else _masking.select(valid_t, old_states, fill[1])
+        output, new_states = step(input_t, seen)
         y = output
         if valid_t is not None:
             new_states = _masking.select(valid_t, new_states, old_states)
@@ -249,8 +251,13 @@ def _assemble(
     return last_output, outputs
 
 
-def _trace_step(step: Step, inputs: PyTree, states: PyTree) -> tuple[PyTree, PyTree, bool]:
-    """Types of the output and the new states; whether the output is, leaf by leaf, the first."""
+def _trace_step(step: Step, inputs: PyTree, states: PyTree) -> tuple[PyTree, PyTree, bool, bool]:
+    """What is to be known of a step.
+
+    Returns:
+        The types of the output and of the new states; whether the output is, leaf by leaf, the
+        first state; whether the step has a finite derivative everywhere.
+    """
     is_state = False
 
     def trace(inputs: PyTree, states: PyTree) -> tuple[PyTree, PyTree]:
@@ -261,8 +268,9 @@ def _trace_step(step: Step, inputs: PyTree, states: PyTree) -> tuple[PyTree, PyT
 
     if is_jit_disabled():
         results = trace(inputs, states)
-        return *jax.eval_shape(lambda: results), is_state
-    return *jax.eval_shape(trace, inputs, states), is_state
+        return *jax.eval_shape(lambda: results), is_state, False
+    jaxpr, types = jax.make_jaxpr(trace, return_shape=True)(inputs, states)
+    return *types, is_state, all(map(is_smooth, jaxpr.eqns))
 
 
 def _placed(state: Array, new: jax.ShapeDtypeStruct) -> Array:

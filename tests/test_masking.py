@@ -17,8 +17,11 @@ from helpers import (
     valid_steps,
     with_padding,
 )
+from structure import count, loops, primitive_of
 
 import jaxrnn
+
+SELECT = primitive_of(lambda c: jax.lax.select(c, c, c), np.ones(2, bool))
 
 # The method is named because the library leaves arrays as small as these to lax.scan.
 BLOCKS = {"chunk": 3, "method": "sequential"}
@@ -168,6 +171,29 @@ def test_gradients_stay_finite_for_a_step_singular_at_the_padding(make_step, fla
         (_, padded_results), padded = run(with_padding(inputs, GAPS, padding), rest)
         assert_identical(padded_results, results)
         assert_identical(padded, gradients)
+
+
+def test_only_a_step_that_can_be_singular_is_kept_from_held_states():
+    """It costs a selection per state and step: the input's, the new state's, and this one."""
+    params = {"w": np.eye(2, dtype=np.float32), "u": np.eye(2, dtype=np.float32)}
+
+    def selections(make_step):
+        def run(x):
+            step = make_step(jnp, params)
+            return jaxrnn.rnn(step, x, [jnp.ones((3, 2))], mask=GAPS, method="lax")
+
+        jaxpr = jax.make_jaxpr(run)(jnp.ones((3, 7, 2)))
+        return sum(count(body, SELECT) for body in loops(jaxpr.jaxpr))
+
+    def smooth_step(xp, p):
+        def step(x, states):
+            h = xp.tanh(x @ p["w"] + states[0] @ p["u"])
+            return h, [h]
+
+        return step
+
+    assert selections(smooth_step) == 2
+    assert selections(log_step) == 3
 
 
 @pytest.mark.parametrize("make_step", [log_step, normalising_step])
