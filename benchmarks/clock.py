@@ -1,8 +1,11 @@
 """How often to measure, and one measurement."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import median
 from time import perf_counter
+from typing import TypeVar
+
+Candidate = TypeVar("Candidate")
 
 # What goes before a call (another candidate, in this process or the next) leaves caches cold and
 # threads asleep; calls shorter than this are warmed up before they count.
@@ -12,6 +15,13 @@ MIN_ROUNDS = 5
 
 # How often a candidate is compiled; like all that is timed, in turns with the others.
 COMPILATIONS = 3
+
+
+def in_turns(candidates: Iterable[Candidate], turns: Iterable[int]) -> Iterator[Candidate]:
+    """All candidates in every turn, whose numbers are `turns`, in alternating direction."""
+    forwards = list(candidates)
+    for turn in turns:
+        yield from forwards if turn % 2 == 0 else reversed(forwards)
 
 
 def time_calls(call: Callable[[], object], repeats: int, warm_up: bool) -> float:

@@ -92,15 +92,14 @@ def _compare(plain: Compiled, ours: Compiled, effort: dict) -> dict:
         estimates.append(perf_counter() - start)
     count, repeats = clock.plan(estimates, **effort)
     turns = list(zip((plain, ours), repeats, estimates, ([], []), strict=True))
-    for turn in range(count):
-        for side, times, estimate, seconds in turns if turn % 2 == 0 else reversed(turns):
-            warm_up = estimate < clock.WARM_UP_BELOW_S
-            seconds.append(clock.time_calls(side.call, times, warm_up))
+    for side, times, estimate, seconds in clock.in_turns(turns, range(count)):
+        warm_up = estimate < clock.WARM_UP_BELOW_S
+        seconds.append(clock.time_calls(side.call, times, warm_up))
     compile_s = [[plain.compile_s], [ours.compile_s]]
-    sides = list(zip((plain, ours), compile_s, strict=True))
-    for turn in range(1, clock.COMPILATIONS):  # the first was before the calls
-        for side, taken in sides if turn % 2 == 0 else reversed(sides):
-            taken.append(side.compile_again())
+    sides = zip((plain, ours), compile_s, strict=True)
+    # The first was before the calls.
+    for side, taken in clock.in_turns(sides, range(1, clock.COMPILATIONS)):
+        taken.append(side.compile_again())
     plain_ms, ours_ms = ([1e3 * s for s in seconds] for *_, seconds in turns)
     return {
         "speedup": round(results.speedup(plain_ms, ours_ms), 3),

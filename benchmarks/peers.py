@@ -125,11 +125,11 @@ def _compile_in_turns(prepared: dict, pool: dict[str, Worker]) -> dict[tuple, fl
         for kind, cost in reply["calls"].items()
         if cost["compile_s"] is not None
     }
-    for turn in range(1, clock.COMPILATIONS):  # the first was when they were prepared
-        for candidate, kind in seconds if turn % 2 == 0 else reversed(seconds):
-            number = prepared[candidate]["candidate"]
-            reply = pool[candidate[0]].ask("compile", candidate=number, kind=kind)
-            seconds[candidate, kind].append(reply["seconds"])
+    turns = range(1, clock.COMPILATIONS)  # the first was when they were prepared
+    for candidate, kind in clock.in_turns(seconds, turns):
+        number = prepared[candidate]["candidate"]
+        reply = pool[candidate[0]].ask("compile", candidate=number, kind=kind)
+        seconds[candidate, kind].append(reply["seconds"])
     return {which: median(taken) for which, taken in seconds.items()}
 
 
@@ -153,10 +153,10 @@ def _take_turns(kind: str, prepared: dict, pool: dict[str, Worker], effort: dict
         )
     ]
     seconds: dict[tuple[str, str], list[float]] = {candidate: [] for candidate in running}
-    for turn in tqdm(range(count), desc=kind, unit="round", leave=False):
-        for candidate, request in requests if turn % 2 == 0 else reversed(requests):
-            reply = pool[candidate[0]].ask("measure", **request)
-            seconds[candidate].append(reply["seconds"])
+    turns = tqdm(range(count), desc=kind, unit="round", leave=False)
+    for candidate, request in clock.in_turns(requests, turns):
+        reply = pool[candidate[0]].ask("measure", **request)
+        seconds[candidate].append(reply["seconds"])
     return seconds
 
 

@@ -152,7 +152,7 @@ class _Rewriter:
                 return operands[0].arranged(equation)
         elif primitive is dot_general_p and _is_matrix_product(equation):
             group = self.groups.get(id(equation), [equation])
-            if operands[1].stage == -1 and explicit_spec(equation.invars[1].aval) is None:
+            if operands[1].stage == -1:
                 return (
                     self._merged(group, env) if group[1:] else [self._product(equation, operands)]
                 )
@@ -242,8 +242,7 @@ class _Rewriter:
         for equation in self.equations:
             if equation.primitive is dot_general_p and _is_matrix_product(equation):
                 lhs, rhs = equation.invars
-                late = self._stage(lhs) > 0 and self._stage(rhs) == -1
-                if late and explicit_spec(rhs.aval) is None:
+                if self._stage(lhs) > 0 and self._stage(rhs) == -1:
                     groups[lhs, dtype(rhs), str(equation.params)].append(equation)
         return {id(group[0]): group for group in groups.values() if len(group) > 1}
 
@@ -308,6 +307,11 @@ def _is_float(equation: Equation) -> bool:
 
 
 def _is_matrix_product(equation: Equation) -> bool:
-    """Whether rows of any array are multiplied with a matrix, without batch axes."""
+    """Whether rows of any array are multiplied with a matrix, without batch axes.
+
+    One that is split over an explicit mesh is left alone: its parts may not lie like the whole.
+    """
     (contract_lhs, _), (batch, _) = equation.params["dimension_numbers"]
-    return len(contract_lhs) == 1 and not batch and len(shape(equation.invars[1])) == 2
+    rhs = equation.invars[1]
+    rank = len(shape(rhs))
+    return len(contract_lhs) == 1 and not batch and rank == 2 and explicit_spec(rhs.aval) is None

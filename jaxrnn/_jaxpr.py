@@ -76,8 +76,8 @@ def bind(equation: Equation, args: Sequence[Any]) -> list[Any]:
     return list(result) if equation.primitive.multiple_results else [result]
 
 
-def inline(program: Program, *args: Any) -> list[Any]:
-    """Runs `program` with the bodies of inner `jit`s in place of the calls.
+def inline(program: Program, *args: Any, apply: Callable[..., list[Any]] = bind) -> list[Any]:
+    """Runs `program` by `apply`, with the bodies of inner `jit`s in place of the calls.
 
     Functions with a derivative rule of their own (`custom_jvp`, `custom_vjp`) stay calls.
     """
@@ -92,30 +92,28 @@ def inline(program: Program, *args: Any) -> list[Any]:
             inner = Program(
                 (*jaxpr.constvars, *jaxpr.invars), tuple(jaxpr.outvars), tuple(jaxpr.eqns), jaxpr
             )
-            results = inline(inner, *closed.consts, *values)
+            results = inline(inner, *closed.consts, *values, apply=apply)
         else:
-            results = bind(equation, values)
+            results = apply(equation, values)
         env.update(zip(equation.outvars, results, strict=True))
     return [read(env, atom) for atom in program.outvars]
 
 
-def dependents(program: Program, sources: Sequence[Var]) -> set[Var]:
-    """The variables of `program` that depend on `sources`, these among them."""
+def dependents(
+    program: Program, sources: Sequence[Var], *, through_tangents: bool = False
+) -> set[Var]:
+    """The variables of `program` that depend on `sources`, these among them.
+
+    Or `through_tangents`: those that have a tangent where `sources` have one.
+    """
     found = set(sources)
     for equation in program.equations:
+        outs = equation.outvars
+        if through_tangents:
+            stops = equation.primitive is p.stop_gradient_p
+            outs = [] if stops else [v for v in outs if jnp.issubdtype(dtype(v), jnp.inexact)]
         if any(not isinstance(a, Literal) and a in found for a in equation.invars):
-            found |= set(equation.outvars)
-    return found
-
-
-def moved_by(program: Program, sources: Sequence[Var]) -> set[Atom]:
-    """The variables of `program` that have a tangent where `sources` have one."""
-    found: set[Atom] = set(sources)
-    for equation in program.equations:
-        if equation.primitive is not p.stop_gradient_p and any(
-            not isinstance(a, Literal) and a in found for a in equation.invars
-        ):
-            found |= {v for v in equation.outvars if jnp.issubdtype(dtype(v), jnp.inexact)}
+            found |= set(outs)
     return found
 
 

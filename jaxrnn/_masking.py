@@ -59,7 +59,7 @@ def substitutes(
     Args:
         valid: `[T, B]`, bool.
         inputs: pytree of arrays `[T, B, ...]`.
-        states: pytree of arrays `[B, ...]`, the initial states.
+        states: pytree of arrays `[B, ...]`, the initial states; None where they may stay.
         go_backwards: whether the last row is the first to be processed.
 
     Returns:

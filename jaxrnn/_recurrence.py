@@ -45,12 +45,11 @@ from jaxrnn._jaxpr import (
     is_heavy,
     is_linear,
     is_random,
-    read,
     slope_by_output,
     trace,
     variables,
 )
-from jaxrnn._tangent import State, Tangent, only_split, zero_of
+from jaxrnn._tangent import State, Tangent, only_split, symbolic_zero
 
 Array = jax.Array
 
@@ -166,22 +165,15 @@ def _with_forward_rules(program: Program, *args: Any) -> Traced:
 
     These have no forward mode, but their rules may, and second derivatives are taken of the rules.
     """
-
-    def run(*args: Any) -> list[Any]:
-        env: dict[Atom, Any] = dict(zip(program.invars, args, strict=True))
-        for equation in program.equations:
-            values = [read(env, atom) for atom in equation.invars]
-            apply = _forward_rule if has_own_vjp(equation) else bind
-            env.update(zip(equation.outvars, apply(equation, values), strict=True))
-        return [read(env, atom) for atom in program.outvars]
-
-    traced = trace(run, *args)
+    traced = trace(functools.partial(inline, program, apply=_by_forward_rule), *args)
     inlined = trace(functools.partial(inline, traced.program), *traced.consts, *args)
     return inlined._replace(consts=(*inlined.consts, *traced.consts))
 
 
-def _forward_rule(equation: Equation, values: Sequence[Any]) -> list[Any]:
-    """The results of `equation`, by the forward rules of the functions that it calls."""
+def _by_forward_rule(equation: Equation, values: Sequence[Any]) -> list[Any]:
+    """The results of `equation`, by the forward rules of the `custom_vjp` functions in it."""
+    if not has_own_vjp(equation):
+        return bind(equation, values)
     moving = [i for i, a in enumerate(equation.invars) if jnp.issubdtype(dtype(a), jnp.inexact)]
 
     def call(*moved: Array) -> list[Any]:
@@ -195,7 +187,7 @@ def _forward_rule(equation: Equation, values: Sequence[Any]) -> list[Any]:
 def _fill(primals: Sequence[Array], moving: Sequence[int], tangents: Sequence[Any]) -> list[Any]:
     """`tangents`, which belong to the `moving` ones among `primals`, and zeros between."""
     given = dict(zip(moving, tangents, strict=True))
-    return [given[i] if i in given else zero_of(x) for i, x in enumerate(primals)]
+    return [given[i] if i in given else symbolic_zero(x) for i, x in enumerate(primals)]
 
 
 def _kept(program: Program) -> list[Var]:

@@ -172,9 +172,12 @@ def run(
     hold = valid is not None or not options.return_all_outputs
     carry_output = hold and not output_is_state
     held = _initial_output(output_like, states) if carry_output else None
-    fill = (None, None)
+    fill_input = fill_states = None
     if valid is not None:
-        fill = _masking.substitutes(valid, inputs, states, options.go_backwards)
+        # At any state a smooth step is as safe as at those that it begins with.
+        fill_input, fill_states = _masking.substitutes(
+            valid, inputs, None if smooth else states, options.go_backwards
+        )
     chunk = options.chunk
     time = jax.tree.leaves(inputs)[0].shape[0]
     selects = carry_output and not options.return_all_outputs and valid is not None
@@ -187,12 +190,12 @@ def run(
         input_t, valid_t, reset_t = slice_t
         if reset_t is not None:
             old_states = _masking.select(~reset_t, old_states, states)
-        seen = old_states
+        fed = old_states
         if valid_t is not None:
-            input_t = _masking.select(valid_t, input_t, fill[0])
-            # At any state a smooth step is as safe as at those that it begins with.
-            seen = old_states if smooth else _masking.select(valid_t, old_states, fill[1])
-        output, new_states = step(input_t, seen)
+            input_t = _masking.select(valid_t, input_t, fill_input)
+            if not smooth:
+                fed = _masking.select(valid_t, old_states, fill_states)
+        output, new_states = step(input_t, fed)
         y = output
         if valid_t is not None:
             new_states = _masking.select(valid_t, new_states, old_states)

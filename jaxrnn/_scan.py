@@ -30,7 +30,7 @@ from jaxrnn._jaxpr import (
     weak_as,
 )
 from jaxrnn._recurrence import run_split
-from jaxrnn._tangent import is_moving, zero_of
+from jaxrnn._tangent import is_moving, symbolic_zero
 
 Array = jax.Array
 PyTree = Any
@@ -215,7 +215,7 @@ def _run_for_gradients(
 
         last_and_ys, changes = jax.jvp(of, [values[i] for i in moving], [slopes[i] for i in moving])
         return last_and_ys, jax.tree.map(
-            lambda value, t: zero_of(value) if t.dtype == jax.dtypes.float0 else t,
+            lambda value, t: symbolic_zero(value) if t.dtype == jax.dtypes.float0 else t,
             last_and_ys,
             changes,
         )

@@ -20,13 +20,11 @@ from jaxrnn._jaxpr import (
     Var,
     bind,
     dependents,
-    moved_by,
     read,
     slope_by_output,
     split_p,
     trace,
     variables,
-    varying_as,
 )
 
 Array = jax.Array
@@ -80,7 +78,7 @@ class Tangent:
         self.moving_carry, self.moving_ys = self._moving(t_carry)
         self.t_consts = [t_consts[i] for i in self.moving_consts]
         self.t_carry = [
-            t_carry[i] if is_moving(t_carry[i]) else _zeros_like(carry[i])
+            t_carry[i] if is_moving(t_carry[i]) else jnp.zeros_like(carry[i])
             for i in self.moving_carry
         ]
         self.t_xs = [t_xs[i] for i in self.moving_xs]
@@ -99,7 +97,8 @@ class Tangent:
         ]
         moving = {i for i, t in enumerate(t_carry) if is_moving(t)}
         while True:
-            reached = moved_by(self.program, [*given, *(carries[i] for i in moving)])
+            sources = [*given, *(carries[i] for i in moving)]
+            reached = dependents(self.program, sources, through_tangents=True)
             found = {i for i, v in enumerate(outs) if not isinstance(v, Literal) and v in reached}
             more = {i for i in found if i < len(carries)} - moving
             if not more:
@@ -263,10 +262,6 @@ def _one_before(rows: Array, first: Array, steps: Steps) -> Array:
     return jnp.concatenate([rows[1:], first[None]] if steps.reverse else [first[None], rows[:-1]])
 
 
-def _zeros_like(carry: Array) -> Array:
-    return varying_as(jnp.zeros_like(carry), jax.typeof(carry))
-
-
 def _as_it_is(_value: Array, tangent: Array) -> Array:
     return tangent
 
@@ -297,7 +292,7 @@ def only_split(program: Program) -> dict[Var, Equation]:
     }
 
 
-def zero_of(primal: Array) -> Any:
+def symbolic_zero(primal: Array) -> Any:
     """A zero for a tangent of `primal` in a rule with symbolic zeros."""
     return zero_from_primal(primal, symbolic_zeros=True)
 

@@ -67,8 +67,11 @@ def multiply_adds(jaxpr: Any) -> int:
     return total
 
 
+ALL_COLLECTIVES = "(?:all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)"
+
+
 def executed_collectives(hlo: str, kind: str = "all-reduce") -> int:
-    """How often a collective runs, from the text of a compiled program.
+    """How often a collective, or any of `ALL_COLLECTIVES`, runs in a compiled program's text.
 
     A collective in the body of a `while` counts as often as the loop runs.
     """

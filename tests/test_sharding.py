@@ -9,7 +9,7 @@ import pytest
 from helpers import CASES, assert_same, numerical_gradient, reference_rnn, scalar_of
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from structure import executed_collectives
+from structure import ALL_COLLECTIVES, executed_collectives
 
 import jaxrnn
 
@@ -51,8 +51,7 @@ def placed(mesh, params, *by_batch):
 
 
 def collectives(compiled):
-    kinds = ("all-reduce", "all-gather", "all-to-all", "collective-permute")
-    return sum(executed_collectives(compiled.as_text(), kind) for kind in kinds)
+    return executed_collectives(compiled.as_text(), ALL_COLLECTIVES)
 
 
 @PATHS

@@ -153,8 +153,8 @@ def test_a_training_step_traces_once():
 def test_memory_is_flat_over_500_training_steps(jit):
     """Arrays alive on the device, and what Python holds.
 
-    Outside `jit`, `rnn` has a cache of its own; a gradient traces anew each time there and is slow,
-    so that only results are computed.
+    Outside `jit`, `rnn` has a cache of its own; a gradient by what the step closes over traces anew
+    each time there and is slow, so that only results are computed.
     """
     case = CASES["lstm"]
     several = [case.arguments(seed=seed) for seed in range(4)]
