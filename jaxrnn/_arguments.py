@@ -209,7 +209,7 @@ def _normalize_flags(name: str, flags: Any, batch: Any, time: Any, time_major: b
         )
     if not (array.dtype == jnp.bool_ or jnp.issubdtype(array.dtype, jnp.number)):
         raise TypeError(f"{name} has dtype {array.dtype}; expected bool or a number type.")
-    array = array.reshape(shape) != 0
+    array = array.reshape(shape).astype(bool)
     return array if time_major else array.T
 
 
@@ -222,7 +222,7 @@ def _within_length(input_length: Any, batch: Any, time: Any) -> Array:
             f"or integers [B] = {(batch,)}."
         )
     length = jnp.broadcast_to(length.astype(jnp.int32), (batch,))
-    return jnp.arange(time, dtype=jnp.int32)[:, None] < length
+    return jnp.arange(time, dtype=jnp.int32)[:, None] < length[None]
 
 
 def _within_int32(numbers: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 PyTree = Any
 Run = Callable[[Any, Any, PyTree], PyTree]
@@ -41,7 +42,8 @@ def is_jit_disabled() -> bool:
 
 def _in_jit() -> bool:
     """Whether a trace for `jit` is under way: then even what is made of nothing is a tracer."""
-    return isinstance(jnp.zeros(()), jax.core.Tracer)
+    # An array of zeros would be moved to the device, which a transfer guard may forbid.
+    return isinstance(lax.iota(jnp.int32, 1), jax.core.Tracer)
 
 
 def _is_operand(leaf: Any) -> bool:

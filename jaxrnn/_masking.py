@@ -80,14 +80,14 @@ def substitutes(
             return own
         total = jnp.any if own.dtype == jnp.bool_ else jnp.sum
         lent = total(zero_unless(samples == lender, own), axis=0)
-        own = jnp.where(_align(has_any | ~some, own), own, lent.astype(own.dtype))
+        own = jnp.where(_align(has_any | ~some, own), own, lent.astype(own.dtype)[None])
         return lax.stop_gradient(own)
 
     def row(leaf: Array) -> Array:
         index = first.reshape(1, -1, *(1,) * (leaf.ndim - 2))
         row = own_or_lent(jnp.take_along_axis(leaf, index, axis=0)[0])
         if jnp.issubdtype(leaf.dtype, jnp.inexact):
-            row = jnp.where(some, row, _ramp(row.shape[1:]).astype(leaf.dtype))
+            row = jnp.where(some, row, _ramp(row.shape[1:]).astype(leaf.dtype)[None])
         return row
 
     return jax.tree.map(row, inputs), jax.tree.map(own_or_lent, states)

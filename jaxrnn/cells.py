@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 __all__ = ["Cell", "gru", "lstm", "simple_rnn"]
@@ -88,7 +88,7 @@ def simple_rnn(
 
         def simple_rnn_step(input_t: Array, states: Sequence[Array]) -> tuple[Array, list[Array]]:
             x, (h,) = form.arguments(kernel, input_t, states)
-            z = (x @ kernel + bias) + h.astype(kernel.dtype) @ recurrent_kernel
+            z = _affine(x, kernel, bias) + h.astype(kernel.dtype) @ recurrent_kernel
             output = activation(z).astype(kernel.dtype)
             return output, [output.astype(h.dtype)]
 
@@ -146,8 +146,8 @@ def gru(
 
         def gru_step(input_t: Array, states: Sequence[Array]) -> tuple[Array, list[Array]]:
             x, (h,) = form.arguments(kernel, input_t, states)
-            from_input = x @ kernel + input_bias
-            from_state = h.astype(kernel.dtype) @ recurrent_kernel + recurrent_bias
+            from_input = _affine(x, kernel, input_bias)
+            from_state = _affine(h.astype(kernel.dtype), recurrent_kernel, recurrent_bias)
             input_gates, input_candidate = jnp.split(from_input, [2 * units], axis=-1)
             state_gates, state_candidate = jnp.split(from_state, [2 * units], axis=-1)
             z, r = map(_sigmoid, jnp.split(jnp.tanh(input_gates + state_gates), 2, axis=-1))
@@ -218,7 +218,7 @@ def lstm(
 
         def lstm_step(input_t: Array, states: Sequence[Array]) -> tuple[Array, list[Array]]:
             x, (h, c) = form.arguments(kernel, input_t, states)
-            z = (x @ kernel + bias) + h.astype(kernel.dtype) @ recurrent_kernel
+            z = _affine(x, kernel, bias) + h.astype(kernel.dtype) @ recurrent_kernel
             wide = _wider(kernel.dtype, c.dtype)
             i, f, g, o = (gate.astype(wide) for gate in jnp.split(jnp.tanh(z), 4, axis=-1))
             i, f, o = map(_sigmoid, (i, f, o))
@@ -294,7 +294,7 @@ class _Form(NamedTuple):
         compute = arrays["kernel"].dtype if self.dtype is None else self.dtype
         kernel = arrays["kernel"].astype(compute)
         recurrent_kernel = arrays["recurrent_kernel"].astype(compute)
-        bias = arrays["bias"].astype(compute) if "bias" in arrays else jnp.zeros((), compute)
+        bias = arrays["bias"].astype(compute) if "bias" in arrays else jnp.zeros(1, compute)
         return kernel, recurrent_kernel, bias
 
     def arguments(
@@ -322,6 +322,12 @@ class _Form(NamedTuple):
         return x, states
 
 
+def _affine(x: Array, kernel: Array, bias: Array) -> Array:
+    # No ranks are left to promotion, which `jax_numpy_rank_promotion` may forbid.
+    y = x @ kernel
+    return y + lax.broadcast_to_rank(bias, y.ndim)
+
+
 def _wider(a: DTypeLike, b: DTypeLike) -> DTypeLike:
     # Under strict promotion promote_types would refuse two dtypes.
     with jax.numpy_dtype_promotion("standard"):
@@ -330,7 +336,8 @@ def _wider(a: DTypeLike, b: DTypeLike) -> DTypeLike:
 
 def _halved(gates: tuple[float, ...], units: int, *weights: Array) -> list[Array]:
     """Weights of which some gates' columns are halved, as `_sigmoid` wants them."""
-    return [w * jnp.repeat(jnp.array(gates, w.dtype), units) for w in weights]
+    columns = [jnp.repeat(jnp.array(gates, w.dtype), units) for w in weights]
+    return [w * lax.broadcast_to_rank(c, w.ndim) for w, c in zip(weights, columns, strict=True)]
 
 
 def _sigmoid(tanh_of_half: Array) -> Array:

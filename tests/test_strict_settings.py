@@ -1,0 +1,120 @@
+"""What JAX's strict settings forbid, only the caller's own code can do: the library never does."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import BATCH, SETTINGS, TIME, assert_identical, assert_same, reference_rnn, scalar_of
+from jax import lax
+
+import jaxrnn
+from jaxrnn import cells
+
+FEATURES, UNITS = 2, 4
+STRICT = {
+    "ranks": lambda: jax.numpy_rank_promotion("raise"),
+    "dtypes": lambda: jax.numpy_dtype_promotion("strict"),
+    "leaks": jax.checking_leaks,
+    "nans": lambda: jax.debug_nans(True),
+}
+each_strictness = pytest.mark.parametrize("strict", STRICT.values(), ids=STRICT)
+
+
+def draw(*shape):
+    return np.cos(np.arange(np.prod(shape)) * 1.7).reshape(shape).astype(np.float32)
+
+
+PARAMS = {
+    "w": draw(FEATURES, UNITS),
+    "k": draw(FEATURES + UNITS, 2 * UNITS),
+    "b": draw(1, UNITS),
+    "v": draw(UNITS, 3),
+}
+
+
+def step_of(p):
+    """A product before the loop, one in it that is to be split, one after it."""
+
+    def step(x, states):
+        (h,) = states
+        z, r = jnp.split(jnp.concatenate([x, h], -1) @ p["k"], 2, axis=-1)
+        h = jnp.tanh(x @ p["w"] + p["b"] + z * jnp.tanh(r))
+        return h @ p["v"], [h]
+
+    return step
+
+
+@each_strictness
+@pytest.mark.parametrize(
+    "name",
+    [
+        "masked_blocks",
+        "lengths_and_mask_time_major",
+        "masked_reset_backwards_unrolled",
+        "remat_everything",
+    ],
+)
+def test_rnn(strict, name):
+    flags = {"method": "sequential"} | SETTINGS[name]
+    inputs, state = draw(BATCH, TIME, FEATURES), draw(BATCH, UNITS)
+    if flags.get("time_major"):
+        turned = {k: v.swapaxes(0, 1) for k, v in flags.items() if k in ("mask", "reset")}
+        inputs, flags = inputs.swapaxes(0, 1), flags | turned
+
+    def derivatives(rnn):
+        def loss(params, inputs, state):
+            results = rnn(step_of(params), inputs, [state], **flags)
+            return scalar_of(results), results
+
+        return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(PARAMS, inputs, state)
+
+    with strict():
+        actual = derivatives(jaxrnn.rnn)
+    assert_same(actual, derivatives(functools.partial(reference_rnn, xp=jnp)), scale=10)
+
+
+@pytest.mark.parametrize("name", ["ranks", "dtypes"])
+@pytest.mark.parametrize(
+    ("make", "use_bias"), [(cells.simple_rnn, True), (cells.gru, True), (cells.lstm, False)]
+)
+def test_cells(make, use_bias, name):
+    inputs = draw(BATCH, TIME, FEATURES)
+
+    def gradient():
+        cell = make(UNITS, use_bias=use_bias)
+        params = cell.init(jax.random.key(0), FEATURES)
+
+        def loss(params):
+            steps, states = (cell.step(params),) * 2, (cell.initial_states(BATCH),) * 2
+            return scalar_of(jaxrnn.bidirectional(*steps, inputs, *states, input_length=5))
+
+        return jax.grad(loss)(params)
+
+    with STRICT[name]():
+        actual = gradient()
+    assert_identical(actual, gradient())
+
+
+@pytest.mark.parametrize("flags", [{}, {"chunk": 2}, {"remat": True}])
+def test_nothing_is_moved_to_the_device_between_calls(flags):
+    x, h, w = map(jnp.asarray, (draw(TIME, BATCH, UNITS), draw(BATCH, UNITS), draw(UNITS, UNITS)))
+    mask = jnp.asarray(draw(TIME, BATCH) > 0)
+
+    def body(h, x):
+        h = jnp.tanh(x @ w + h @ w)
+        return h, h
+
+    def step(x, states):
+        h, y = body(*states, x)
+        return y, [h]
+
+    flags = {"method": "sequential"} | flags
+    expected = lax.scan(body, h, x), reference_rnn(step, x, [h], mask=mask, time_major=True, xp=jnp)
+    with jax.transfer_guard("disallow"):
+        actual = (
+            jaxrnn.scan(body, h, x, **flags),
+            jaxrnn.rnn(step, x, [h], mask=mask, time_major=True, **flags),
+        )
+    assert_same(actual, expected)
