@@ -36,11 +36,11 @@ from jaxrnn._jaxpr import (
     Var,
     add_any_p,
     add_p,
+    at,
     bind,
     concatenate_p,
     dot_general_p,
     dtype,
-    explicit_spec,
     inline,
     is_elementwise,
     reshape_p,
@@ -52,6 +52,7 @@ from jaxrnn._jaxpr import (
     trace,
     variables,
 )
+from jaxrnn._placement import explicit_sharding
 
 Array = Any
 
@@ -170,7 +171,7 @@ class _Rewriter:
         parts: list[_lazy.Value] = []
         for value in self._lone(equation, operands):
             parts += value.parts if isinstance(value, _lazy.Sum) else [value]
-        return _lazy.Sum(parts)
+        return _lazy.Sum(parts, equation)
 
     def _lone(self, equation: Equation, operands: Sequence[_lazy.Value]) -> list[_lazy.Value]:
         """The operands; one that others read too is computed now, or it would be more than once."""
@@ -289,7 +290,8 @@ def _turned(equation: Equation, lhs: Array, rhs: Array) -> Array:
     params = dict(equation.params)
     (contract_lhs, (axis,)), batch = params.pop("dimension_numbers")
     dimensions = ((contract_lhs, (1 - axis,)), batch)
-    return lax.dot_general(lhs, rhs.T, dimensions, **params)
+    with at(equation):
+        return lax.dot_general(lhs, rhs.T, dimensions, **params)
 
 
 def _is_of_another_width(equation: Equation) -> bool:
@@ -314,4 +316,6 @@ def _is_matrix_product(equation: Equation) -> bool:
     (contract_lhs, _), (batch, _) = equation.params["dimension_numbers"]
     rhs = equation.invars[1]
     rank = len(shape(rhs))
-    return len(contract_lhs) == 1 and not batch and rank == 2 and explicit_spec(rhs.aval) is None
+    return (
+        len(contract_lhs) == 1 and not batch and rank == 2 and explicit_sharding(rhs.aval) is None
+    )

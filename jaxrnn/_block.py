@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxrnn._fission import Loop, Plan
-from jaxrnn._jaxpr import Atom, Literal, Program, empty_rows, read
+from jaxrnn._jaxpr import Atom, Literal, Program, read
 from jaxrnn._passes import run_rows
+from jaxrnn._placement import empty_rows
 
 Array = jax.Array
 PyTree = Any
@@ -222,7 +223,7 @@ def run_in_place(
         return (carry, writer.whole), None
 
     # Arrays that begin alike would be made once and copied.
-    whole = [empty_rows(v, steps.length, i) for i, v in enumerate(outs)]
+    whole = [empty_rows(v.aval, steps.length, i) for i, v in enumerate(outs)]
     index = jnp.arange(steps.length)
     return over_blocks(run, (list(carry), whole), index, steps, block, False)[0]
 

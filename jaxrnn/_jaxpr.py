@@ -5,16 +5,19 @@ captured constants. The jaxpr classes differ between JAX versions (from 0.12 on 
 *is* a `Jaxpr`); nothing outside this file may depend on how.
 """
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend import core
+from jax.extend import core, source_info_util
 from jax.extend.core import primitives as p
+
+from jaxrnn._placement import explicit_sharding, varying
 
 PyTree = Any
 Var = core.Var
@@ -71,9 +74,18 @@ def trace(f: Callable[..., PyTree], *args: Any) -> Traced:
 def bind(equation: Equation, args: Sequence[Any]) -> list[Any]:
     """Applies the primitive of `equation` to `args`."""
     params = equation.primitive.get_bind_params(equation.params)
-    with equation.ctx.manager:
+    with at(equation):
         result = equation.primitive.bind(*args, **params)
     return list(result) if equation.primitive.multiple_results else [result]
+
+
+@contextlib.contextmanager
+def at(equation: Equation) -> Iterator[None]:
+    """As where `equation` was written: its name in profiles, its line in errors, its settings."""
+    source = equation.source_info
+    names = source_info_util.current_name_stack() + source.name_stack
+    with source_info_util.user_context(source.traceback, name_stack=names), equation.ctx.manager:
+        yield
 
 
 def inline(program: Program, *args: Any, apply: Callable[..., list[Any]] = bind) -> list[Any]:
@@ -92,7 +104,8 @@ def inline(program: Program, *args: Any, apply: Callable[..., list[Any]] = bind)
             inner = Program(
                 (*jaxpr.constvars, *jaxpr.invars), tuple(jaxpr.outvars), tuple(jaxpr.eqns), jaxpr
             )
-            results = inline(inner, *closed.consts, *values, apply=apply)
+            with at(equation):
+                results = inline(inner, *closed.consts, *values, apply=apply)
         else:
             results = apply(equation, values)
         env.update(zip(equation.outvars, results, strict=True))
@@ -152,15 +165,8 @@ def kind(atom: Atom) -> tuple[Any, ...]:
 
     The last is part of the type on meshes with explicit axes, and inside `shard_map`.
     """
-    varying = getattr(atom.aval, "manual_axis_type", None)
-    return shape(atom), dtype(atom), is_weak(atom), varying, explicit_spec(atom.aval)
-
-
-def explicit_spec(aval: Any) -> Any:
-    """How an array type is split over the explicit axes of a mesh; None where it is not."""
-    sharding = getattr(aval, "sharding", None)
-    spec = getattr(sharding, "spec", None)
-    return None if spec is None or all(axis is None for axis in spec) else sharding
+    aval = atom.aval
+    return shape(atom), dtype(atom), is_weak(atom), varying(aval), explicit_sharding(aval)
 
 
 def is_weak(atom: Atom) -> bool:
@@ -174,30 +180,6 @@ def weak_as(value: jax.Array, like: Atom) -> jax.Array:
         return value
     params = {"new_dtype": value.dtype, "weak_type": True, "sharding": None}
     return p.convert_element_type_p.bind(value, **params)
-
-
-def zeros_of(like: jax.ShapeDtypeStruct) -> jax.Array:
-    """Zeros that under `shard_map` vary over the mesh as `like` does; `jnp.zeros_like` forgets."""
-    return varying_as(jnp.zeros(like.shape, like.dtype), like)
-
-
-def empty_rows(like: Atom, length: int, mark: int) -> jax.Array:
-    """`length` arrays like `like`, full of `mark`, split and varying over a mesh as it is."""
-    sharding = explicit_spec(like.aval)
-    if sharding is not None:
-        spec = jax.sharding.PartitionSpec(None, *sharding.spec)
-        sharding = jax.sharding.NamedSharding(sharding.mesh, spec)
-    rows = lax.full((length, *shape(like)), mark, dtype(like), sharding=sharding)
-    return varying_as(rows, like.aval)
-
-
-def varying_as(value: jax.Array, like: Any) -> jax.Array:
-    """`value`, which under `shard_map` varies over the mesh as an array of type `like` does."""
-    axes = getattr(like, "manual_axis_type", None)
-    if axes is None:
-        return value
-    missing = tuple(axes.varying - jax.typeof(value).manual_axis_type.varying)
-    return lax.pcast(value, missing, to="varying") if missing else value
 
 
 def is_heavy(equation: Equation) -> bool:

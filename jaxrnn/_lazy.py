@@ -7,13 +7,14 @@ its columns.
 
 import functools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
-from jaxrnn._jaxpr import Equation, bind, shape, slice_p, split_p
+from jaxrnn._jaxpr import Equation, at, bind, shape, slice_p, split_p
 
 Array = Any
 
@@ -48,25 +49,30 @@ class Value:
 
 
 class Sum(Value):
-    """A sum with at most one part for each stage, the earliest first."""
+    """A sum with at most one part for each stage, the earliest first, as `equation` wants it."""
 
-    def __init__(self, parts: Sequence[Value]):
+    def __init__(self, parts: Sequence[Value], equation: Equation):
+        self.equation = equation
         by_stage: dict[int, Value] = {}
         for part in parts:
             other = by_stage.get(part.stage)
             by_stage[part.stage] = (
-                part if other is None else Value(part.stage, other.array + part.array)
+                part if other is None else Value(part.stage, self._total([other, part]))
             )
         self.parts = [by_stage[stage] for stage in sorted(by_stage)]
         super().__init__(self.parts[-1].stage)
 
     def _compute(self) -> Array:
-        return functools.reduce(
-            lambda total, part: total + part.array, self.parts[1:], self.parts[0].array
-        )
+        return self._total(self.parts)
+
+    def _total(self, parts: Sequence[Value]) -> Array:
+        arrays = [part.array for part in parts]
+        with at(self.equation):
+            return functools.reduce(operator.add, arrays)
 
     def arranged(self, equation: Equation) -> list[Value]:
-        return [Sum(outs) for outs in zip(*(p.arranged(equation) for p in self.parts), strict=True)]
+        columns = zip(*(part.arranged(equation) for part in self.parts), strict=True)
+        return [Sum(column, self.equation) for column in columns]
 
 
 class Concatenation(Value):
@@ -133,7 +139,7 @@ def product(lhs: Value, rhs: Array, equation: Equation) -> Value:
         rows = lax.slice_in_dim(rhs, start, stop, axis=contract_rhs)
         products.append(Product(part, rows, equation))
         start = stop
-    return Sum(products) if len(products) > 1 else products[0]
+    return Sum(products, equation) if len(products) > 1 else products[0]
 
 
 def _joined(concatenation: Concatenation) -> list[Value]:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrnn._jaxpr import Atom, Equation, Literal, Program, bind, dot_general_p, read, shape
+from jaxrnn._jaxpr import Atom, Equation, Literal, Program, at, bind, dot_general_p, read, shape
 
 Array = jax.Array
 
@@ -72,7 +72,8 @@ def _matrix_product(equation: Equation, axes: Sequence[int | None], *operands: A
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def product(lhs: Array, rhs: Array) -> Array:
         merged = lhs.reshape(math.prod(lhs.shape[:free]), *lhs.shape[free:])
-        out = equation.primitive.bind(merged, rhs, **params)
+        with at(equation):
+            out = equation.primitive.bind(merged, rhs, **params)
         return out.reshape(*lhs.shape[:free], *out.shape[1:])
 
     return product(lhs, rhs)

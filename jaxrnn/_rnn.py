@@ -12,7 +12,8 @@ from jaxrnn import _arguments, _masking
 from jaxrnn._arguments import Operands, Options, Step
 from jaxrnn._block import time_first
 from jaxrnn._eager import is_jit_disabled, run_compiled
-from jaxrnn._jaxpr import explicit_spec, is_smooth, varying_as, zeros_of
+from jaxrnn._jaxpr import is_smooth
+from jaxrnn._placement import placed_as, zeros_of
 from jaxrnn._scan import check_options, scan_along
 
 Array = jax.Array
@@ -165,7 +166,7 @@ def run(
     inputs = jax.tree.map(functools.partial(time_first, axis=axis), lying)
     step = _arguments.checked_step(step_function, states, constants)
     output_like, states_like, output_is_state, smooth = _trace_step(step, inputs, states)
-    states = jax.tree.map(_placed, states, states_like)
+    states = jax.tree.map(placed_as, states, states_like)
 
     # What a masked step, or a call that wants the last output alone, has to remember beside the
     # states: nothing, if the output is the first state.
@@ -274,15 +275,6 @@ def _trace_step(step: Step, inputs: PyTree, states: PyTree) -> tuple[PyTree, PyT
         return *jax.eval_shape(lambda: results), is_state, False
     jaxpr, types = jax.make_jaxpr(trace, return_shape=True)(inputs, states)
     return *types, is_state, all(map(is_smooth, jaxpr.eqns))
-
-
-def _placed(state: Array, new: jax.ShapeDtypeStruct) -> Array:
-    """A fresh initial state split over a mesh as the state that the step makes of it."""
-    state = varying_as(state, new)
-    sharding = explicit_spec(new)
-    if sharding is None or sharding == jax.typeof(state).sharding:
-        return state
-    return jax.sharding.reshard(state, sharding)
 
 
 def _initial_output(output_like: PyTree, states: PyTree) -> PyTree:

@@ -1,5 +1,7 @@
 """`scan` is called as `lax.scan` is: same arguments, contexts and types, and traced as rarely."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,3 +118,28 @@ def test_products_with_weights_split_over_an_explicit_mesh():
         types = [jax.tree.map(jax.typeof, tree) for tree in (actual, expected)]
         assert types[0] == types[1]
     assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("flags", [{}, {"chunk": 2}])
+def test_profiles_name_the_scopes_of_the_step(flags):
+    """Those of products that left the loop, were merged or are differentiated, too."""
+
+    def step(h, x):
+        with jax.named_scope("joined"):
+            z = jnp.concatenate([x, h], 1) @ jnp.concatenate([U, U])
+        with jax.named_scope("merged"):
+            a, b = h @ U, h @ (2 * U)
+        with jax.named_scope("gates"):
+            h = jnp.tanh(z + a) * b
+        with jax.named_scope("readout"):
+            return h, h @ U
+
+    def loss(h, x):
+        return jaxrnn.scan(step, h, x, **SPLIT | flags)[1].sum()
+
+    compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(H, X).compile().as_text()
+    products = re.findall(r' dot\(.*op_name="([^"]*)"', compiled)
+    scopes = {scope for name in products for scope in re.split(r"\W+", name)}
+    assert {"joined", "merged", "readout"} <= scopes
+    assert all(re.search("joined|merged|readout", name) for name in products)
+    assert all("gates" in name for name in re.findall(r' tanh\(.*op_name="([^"]*)"', compiled))

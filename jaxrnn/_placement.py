@@ -1,0 +1,58 @@
+"""How arrays lie on devices, where that is part of their type.
+
+On meshes with explicit axes an array's type says over which of them it is split, and inside
+`shard_map` over which it varies. What is made of nothing has to be made to fit.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+
+
+def explicit_sharding(aval: Any) -> Any:
+    """How an array type is split over the explicit axes of a mesh; None where it is not."""
+    sharding = getattr(aval, "sharding", None)
+    spec = getattr(sharding, "spec", None)
+    return None if spec is None or all(axis is None for axis in spec) else sharding
+
+
+def varying(aval: Any) -> Any:
+    """How an array type varies over the axes of a `shard_map`; None where there is no saying."""
+    return getattr(aval, "manual_axis_type", None)
+
+
+def varying_as(value: Array, like: Any) -> Array:
+    """`value`, which under `shard_map` varies over the mesh as an array of type `like` does."""
+    axes = varying(like)
+    if axes is None:
+        return value
+    missing = tuple(axes.varying - varying(jax.typeof(value)).varying)
+    return lax.pcast(value, missing, to="varying") if missing else value
+
+
+def placed_as(value: Array, like: Any) -> Array:
+    """`value`, split and varying over a mesh as an array of type `like` is."""
+    value = varying_as(value, like)
+    sharding = explicit_sharding(like)
+    if sharding is None or sharding == jax.typeof(value).sharding:
+        return value
+    return jax.sharding.reshard(value, sharding)
+
+
+def zeros_of(like: jax.ShapeDtypeStruct) -> Array:
+    """Zeros that under `shard_map` vary over the mesh as `like` does; `jnp.zeros_like` forgets."""
+    return varying_as(jnp.zeros(like.shape, like.dtype), like)
+
+
+def empty_rows(like: Any, length: int, mark: int) -> Array:
+    """`length` arrays of type `like`, full of `mark`, split and varying over a mesh as it is."""
+    sharding = explicit_sharding(like)
+    if sharding is not None:
+        spec = jax.sharding.PartitionSpec(None, *sharding.spec)
+        sharding = jax.sharding.NamedSharding(sharding.mesh, spec)
+    rows = lax.full((length, *like.shape), mark, like.dtype, sharding=sharding)
+    return varying_as(rows, like)
