@@ -1,6 +1,7 @@
 # Every target sets itself up with pip. All that has to be there is Python, 3.11 or newer.
 PYTHON ?= python3
 VENV ?= .venv
+BENCH_VENV ?= .venv-bench
 # The peers live apart from the library and its tests. BENCH=--quick takes under five minutes;
 # EXAMPLES may name some of them, and takes --short.
 BENCH ?=
@@ -24,10 +25,10 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/python -m ruff format --check .
 	$(VENV)/bin/python -m mypy
 
-bench: .venv-bench/.stamp
-	.venv-bench/bin/python -m benchmarks.peers $(BENCH)
-	.venv-bench/bin/python -m benchmarks.never_slower $(BENCH)
-	.venv-bench/bin/python -m benchmarks.render
+bench: $(BENCH_VENV)/.stamp
+	$(BENCH_VENV)/bin/python -m benchmarks.peers $(BENCH)
+	$(BENCH_VENV)/bin/python -m benchmarks.never_slower $(BENCH)
+	$(BENCH_VENV)/bin/python -m benchmarks.render
 
 clean:
 	rm -rf .venv* dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -45,9 +46,9 @@ $(VENV)/.%: pyproject.toml | $(VENV)/bin/pip
 .venv-examples/.%: pyproject.toml | .venv-examples/bin/pip
 	$(install_extras)
 
-.venv-bench/.stamp: benchmarks/requirements.txt pyproject.toml | .venv-bench/bin/pip
-	@echo "installing the peers into .venv-bench"
-	@.venv-bench/bin/python $(PIP_INSTALL) -e . -r benchmarks/requirements.txt
+$(BENCH_VENV)/.stamp: benchmarks/requirements.txt pyproject.toml | $(BENCH_VENV)/bin/pip
+	@echo "installing the peers into $(BENCH_VENV)"
+	@$(BENCH_VENV)/bin/python $(PIP_INSTALL) -e . -r benchmarks/requirements.txt
 	@touch $@
 
 # pip comes last into an environment: one without it was left unfinished and is completed.

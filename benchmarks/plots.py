@@ -112,7 +112,7 @@ def never_slower(result: Result, path: Path) -> None:
 
 
 def _finish(figure: Figure, result: Result, path: Path) -> None:
-    figure.suptitle(f"{title(result)}, jax {result['versions']['jax']}", fontsize=10, y=0.995)
+    figure.suptitle(title(result), fontsize=10, y=0.995)
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)

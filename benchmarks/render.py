@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 from benchmarks import results, tables
-from benchmarks.machine import slug
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
@@ -38,7 +37,7 @@ def main() -> None:
 def documents(root: Path = ROOT) -> dict[Path, str]:
     """Every document made from results, with the text that it should hold.
 
-    The README shows the first machine with a kind of device in full, others in short.
+    The README shows the first setting with a kind of device in full, others in short.
 
     Args:
         root: the folder of README.md and of benchmarks/results.
@@ -47,15 +46,15 @@ def documents(root: Path = ROOT) -> dict[Path, str]:
         ValueError: if the README lacks the markers between which the section stands.
     """
     directory = root / "benchmarks" / "results"
-    machines = _machines(directory)
-    if not machines:
+    settings = _settings(directory)
+    if not settings:
         return {}
-    devices = [peers["machine"]["device"] for peers, _ in machines]
+    devices = [peers["machine"]["device"] for peers, _ in settings]
     sections = [
         _section(pair, in_full=device not in devices[:number])
-        for number, (pair, device) in enumerate(zip(machines, devices, strict=True))
+        for number, (pair, device) in enumerate(zip(settings, devices, strict=True))
     ]
-    full = [tables.in_full(*pair) for pair in machines]
+    full = [tables.in_full(*pair) for pair in settings]
     heading = "# All figures\n\nMade by `python -m benchmarks.render` from the files beside it."
     readme = root / "README.md"
     return {
@@ -64,23 +63,23 @@ def documents(root: Path = ROOT) -> dict[Path, str]:
     }
 
 
-def _machines(directory: Path) -> list[tuple[tables.Result, tables.Result | None]]:
-    """The results of each machine: against the peers, and of `never_slower` if there."""
-    never_slower = {slug(r["machine"]): r for r in results.load("never_slower", directory)}
-    return [(r, never_slower.get(slug(r["machine"]))) for r in results.load("peers", directory)]
+def _settings(directory: Path) -> list[tuple[tables.Result, tables.Result | None]]:
+    """The results of each setting: against the peers, and of `never_slower` if there."""
+    never_slower = {results.setting(r): r for r in results.load("never_slower", directory)}
+    return [(r, never_slower.get(results.setting(r))) for r in results.load("peers", directory)]
 
 
 def _section(pair: tuple[tables.Result, tables.Result | None], in_full: bool) -> str:
     peers, never_slower = pair
-    machine = slug(peers["machine"])
+    setting = results.setting(peers)
     embedded = "!" * in_full
     parts = [
         (tables.section if in_full else tables.in_short)(peers, never_slower),
-        f"{embedded}[Speed of all libraries on the grid](benchmarks/results/speed-{machine}.png)",
+        f"{embedded}[Speed of all libraries on the grid](benchmarks/results/speed-{setting}.png)",
     ]
     if never_slower is not None:
         parts.append(
-            f"[Each step](benchmarks/results/never_slower-{machine}.png) and "
+            f"[Each step](benchmarks/results/never_slower-{setting}.png) and "
             f"[all figures](benchmarks/results/{TABLES})."
         )
     return "\n\n".join(parts)
@@ -98,11 +97,11 @@ def _plot() -> None:
     # Matplotlib is wanted for writing alone: the check runs without it.
     from benchmarks import plots  # noqa: PLC0415
 
-    for peers, never_slower in _machines(results.DIRECTORY):
-        machine = slug(peers["machine"])
-        plots.speed(peers, results.DIRECTORY / f"speed-{machine}.png")
+    for peers, never_slower in _settings(results.DIRECTORY):
+        setting = results.setting(peers)
+        plots.speed(peers, results.DIRECTORY / f"speed-{setting}.png")
         if never_slower is not None:
-            plots.never_slower(never_slower, results.DIRECTORY / f"never_slower-{machine}.png")
+            plots.never_slower(never_slower, results.DIRECTORY / f"never_slower-{setting}.png")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,7 @@ DIRECTORY = Path(__file__).parent / "results"
 
 
 def save(benchmark: str, quick: bool, facts: dict, versions: dict, body: dict) -> Path:
-    """Writes `results/<benchmark>-<machine>.json`; a quick run's name starts with "quick-"."""
-    path = DIRECTORY / f"{'quick-' * quick}{benchmark}-{machine.slug(facts)}.json"
+    """Writes `results/<benchmark>-<setting>.json`; a quick run's name starts with "quick-"."""
     heading = {
         "benchmark": benchmark,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -24,12 +23,19 @@ def save(benchmark: str, quick: bool, facts: dict, versions: dict, body: dict) -
         "machine": facts,
         "versions": versions,
     }
+    path = DIRECTORY / f"{'quick-' * quick}{benchmark}-{setting(heading)}.json"
     DIRECTORY.mkdir(exist_ok=True)
     text = json.dumps(heading | body, indent=1)
     # A list of numbers on one line: readable, and one line to differ.
     text = re.sub(r"\[[\d\s,.e+-]+\]", lambda found: " ".join(found[0].split()), text)
     path.write_text(text + "\n")
     return path
+
+
+def setting(result: dict[str, Any]) -> str:
+    """Where a result was measured, in a file name: "cpu-amd-epyc-jax-0.10"."""
+    release = ".".join(result["versions"]["jax"].split(".")[:2])
+    return f"{machine.slug(result['machine'])}-jax-{release}"
 
 
 def _commit() -> str:

@@ -32,7 +32,7 @@ ABSENT = "-"
 
 
 def section(peers: Result, never_slower: Result | None) -> str:
-    """The README's section on one machine."""
+    """The README's section on one machine with one version of JAX."""
     parts = [
         f"### {title(peers)}",
         "Milliseconds, forward / forward+backward; the gradient goes to parameters and inputs. "
@@ -50,7 +50,7 @@ def section(peers: Result, never_slower: Result | None) -> str:
 
 
 def in_short(peers: Result, never_slower: Result | None) -> str:
-    """The README's words on one more machine of a kind that it has shown in full."""
+    """The README's words on one more setting of a kind that it has shown in full."""
     parts = [f"### {title(peers)}", _summary(peers)]
     if never_slower is not None:
         parts.append(_never_slower_summary(never_slower))
@@ -58,7 +58,7 @@ def in_short(peers: Result, never_slower: Result | None) -> str:
 
 
 def in_full(peers: Result, never_slower: Result | None) -> str:
-    """Every figure of one machine."""
+    """Every figure of one setting."""
     parts = [f"## {title(peers)}", _versions(peers)]
     for case in peers["cases"]:
         parts += [_case_heading(case), _case_table(case)]
@@ -72,12 +72,12 @@ def in_full(peers: Result, never_slower: Result | None) -> str:
 
 
 def title(result: Result) -> str:
-    """The machine, as a heading names it."""
-    machine = result["machine"]
+    """The machine and its JAX, as a heading names them."""
+    machine, jax = result["machine"], f"JAX {result['versions']['jax']}"
     if machine["device"] == "cpu":
-        return f"CPU: {machine['cpu']}, {machine['cores']} cores"
+        return f"CPU: {machine['cpu']}, {machine['cores']} cores, {jax}"
     driver = f", driver {machine['driver']}" if "driver" in machine else ""
-    return f"GPU: {machine.get('gpu', machine['device'])}{driver}"
+    return f"GPU: {machine.get('gpu', machine['device'])}{driver}, {jax}"
 
 
 def candidate(case: Case, name: Name) -> dict[str, Any] | None:

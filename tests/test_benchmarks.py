@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import cases, clock, machine, peers, problem, render, results
+from benchmarks import cases, clock, peers, problem, render, results
 from benchmarks.naive import NAIVE, STATES
 from benchmarks.pool import WorkerError, workers
 from benchmarks.steps import STEPS, Draw, Size, gradient_of
@@ -198,7 +198,6 @@ def synthetic_results():
         return {"speedup": speedup, "rounds": 5, "same_program": False} | sides | sizes
 
     heading = {"date": "2030-01-01", "commit": "abc", "quick": False, "machine": MACHINE}
-    heading |= {"versions": {"jax": "1.0"}}
     libraries = [library for library in cases.LIBRARIES if library != "torch"]
     steps = [
         {"name": step.name, "size": str(size)}
@@ -212,13 +211,14 @@ def synthetic_results():
     )
 
 
-def save_synthetic_results(root, facts):
-    """Both benchmarks' results of one machine, where a repository has them; their folder."""
+def save_synthetic_results(root, facts, jax_version="1.0.3"):
+    """Both benchmarks' results of one setting, where a repository has them; their folder."""
     directory = root / "benchmarks" / "results"
     directory.mkdir(parents=True, exist_ok=True)
     for name, result in zip(("peers", "never_slower"), synthetic_results(), strict=True):
-        path = directory / f"{name}-{machine.slug(facts)}.json"
-        path.write_text(json.dumps(result | {"machine": facts}))
+        result |= {"machine": facts, "versions": {"jax": jax_version}}
+        path = directory / f"{name}-{results.setting(result)}.json"
+        path.write_text(json.dumps(result))
     return directory
 
 
@@ -235,7 +235,7 @@ def rendered(tmp_path):
 
 def test_readme_keeps_what_stands_around_the_section(rendered):
     readme, _ = rendered
-    assert readme.startswith(f"before\n{render.BEGIN}\n### CPU: Example 9000, 2 cores\n")
+    assert readme.startswith(f"before\n{render.BEGIN}\n### CPU: Example 9000, 2 cores, JAX 1.0.3\n")
     assert readme.endswith(f"\n{render.END}\nafter\n")
     assert "stale text" not in readme
 
@@ -272,21 +272,33 @@ def test_tables_hold_every_candidate_and_step(rendered):
     assert all(f"| {step.name} | {size} |" in full for step in STEPS for size in step.sizes)
 
 
-def test_a_second_machine_of_a_kind_is_shown_in_short(tmp_path):
+def test_a_second_setting_of_a_kind_is_shown_in_short(tmp_path):
     cpus = "Example 9000", "Sample(R) 1 CPU @ 2 GHz"
-    for device, cpu in ("cpu", cpus[0]), ("cpu", cpus[1]), ("Accelerator X", cpus[0]):
-        directory = save_synthetic_results(tmp_path, MACHINE | {"device": device, "cpu": cpu})
+    for device, cpu, jax_version in (
+        ("cpu", cpus[0], "1.0.3"),
+        ("cpu", cpus[0], "1.2.0.1"),
+        ("cpu", cpus[1], "1.0.3"),
+        ("Accelerator X", cpus[0], "1.0.3"),
+    ):
+        facts = MACHINE | {"device": device, "cpu": cpu}
+        directory = save_synthetic_results(tmp_path, facts, jax_version)
     assert {path.stem for path in directory.glob("peers-*")} == {
-        "peers-accelerator-x",
-        "peers-cpu-example-9000",
-        "peers-cpu-sample-1-cpu",
+        "peers-accelerator-x-jax-1.0",
+        "peers-cpu-example-9000-jax-1.0",
+        "peers-cpu-example-9000-jax-1.2",
+        "peers-cpu-sample-1-cpu-jax-1.0",
     }
     (tmp_path / "README.md").write_text(f"{render.BEGIN}\n{render.END}")
     readme = render.documents(tmp_path)[tmp_path / "README.md"]
     sections = readme.split("### ")[1:]
     titles = [section.splitlines()[0] for section in sections]
-    assert titles == [*(f"CPU: {cpu}, 2 cores" for cpu in cpus), "GPU: Accelerator X"]
-    assert ["| GRU, naive |" in section for section in sections] == [True, False, True]
+    assert titles == [
+        f"CPU: {cpus[0]}, 2 cores, JAX 1.0.3",
+        f"CPU: {cpus[0]}, 2 cores, JAX 1.2.0.1",
+        f"CPU: {cpus[1]}, 2 cores, JAX 1.0.3",
+        "GPU: Accelerator X, JAX 1.0.3",
+    ]
+    assert ["| GRU, naive |" in section for section in sections] == [True, False, False, True]
     assert all("against the fastest JAX peer: 1.50" in section for section in sections)
     assert all("different steps" in section for section in sections)
 
