@@ -17,7 +17,7 @@ Array = jax.Array
 PyTree = Any
 
 
-def is_key(leaf: Array) -> bool:
+def is_key(leaf: Array | jax.ShapeDtypeStruct) -> bool:
     """Whether `leaf` is a typed PRNG key array, which belongs to the call and not to a sample."""
     return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
 

@@ -280,8 +280,16 @@ def _trace_step(step: Step, inputs: PyTree, states: PyTree) -> tuple[PyTree, PyT
 def _initial_output(output_like: PyTree, states: PyTree) -> PyTree:
     """What is held before a sample's first valid step."""
     first = _first_state(states)
-    if _agree(lambda s, y: s.shape == y.shape, first, output_like):
-        return jax.tree.map(lambda s, y: s.astype(y.dtype), first, output_like)
+
+    def is_like(state: Array, output: jax.ShapeDtypeStruct) -> bool:
+        return state.shape == output.shape and _masking.is_key(state) == _masking.is_key(output)
+
+    def cast(state: Array, output: jax.ShapeDtypeStruct) -> Array:
+        to_real = jnp.iscomplexobj(state) and not jnp.issubdtype(output.dtype, jnp.complexfloating)
+        return (state.real if to_real else state).astype(output.dtype)
+
+    if _agree(is_like, first, output_like):
+        return jax.tree.map(cast, first, output_like)
     return jax.tree.map(zeros_of, output_like)
 
 

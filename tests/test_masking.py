@@ -276,6 +276,29 @@ def test_a_held_output_keeps_the_dtype_of_the_output():
     np.testing.assert_array_equal(outputs[..., 0].astype(jnp.float32), np.full((2, 3), 7.0))
 
 
+def test_of_a_complex_first_state_a_real_output_holds_the_real_part():
+    def step(x, states):
+        return states[0].real + x, [1j * states[0]]
+
+    state = jnp.full((2, 4), 7.0 + 5.0j)
+    mask = np.array([[0, 1, 0], [0, 0, 0]])
+    last_output, outputs, _ = jaxrnn.rnn(step, jnp.ones((2, 3, 4)), [state], mask=mask)
+    assert last_output.dtype == outputs.dtype == jnp.float32
+    np.testing.assert_array_equal(outputs[..., 0], [[7.0, 8.0, 8.0], [7.0, 7.0, 7.0]])
+
+
+def test_random_keys_as_first_state_are_no_output():
+    def step(x, states):
+        keys, count = states
+        return x[:, 0] + count, [keys, count + 1]
+
+    states = [jax.random.split(jax.random.key(0), 2), jnp.ones(2)]
+    mask = np.array([[0, 1, 0], [0, 0, 0]])
+    last_output, outputs, _ = jaxrnn.rnn(step, jnp.ones((2, 3, 1)), states, mask=mask)
+    np.testing.assert_array_equal(last_output, [2.0, 0.0])
+    np.testing.assert_array_equal(outputs, [[0.0, 2.0, 2.0], [0.0, 0.0, 0.0]])
+
+
 @pytest.mark.parametrize("return_all_outputs", [True, False])
 def test_last_output_is_the_latest_valid_one_even_where_rows_are_zeroed(return_all_outputs):
     def step(x, states):
