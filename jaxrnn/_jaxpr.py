@@ -214,7 +214,8 @@ def is_movable(equation: Equation) -> bool:
 
     Under `vmap` a branch becomes a selection and a `while` runs until the last one is done: both
     may cost more than they save, and differentiate differently. Random bits of generators other
-    than threefry depend on the batching. Of primitives that JAX does not list nothing is known.
+    than threefry depend on the batching. The tangent of a `custom_vjp` function knows no `vmap`. Of
+    primitives that JAX does not list nothing is known.
     """
     if equation.primitive in _PINNED or any(
         "rbg" in str(getattr(atom.aval, "dtype", "")) for atom in equation.invars
@@ -252,11 +253,9 @@ def hides_product(equation: Equation) -> bool:
     return any(multiply_adds(e) or hides_product(e) for e in inner)
 
 
-def has_own_vjp(equation: Equation) -> bool:
-    """Whether `equation` calls a `custom_vjp` function."""
-    return equation.primitive is p.custom_vjp_call_p or any(
-        map(has_own_vjp, inner_equations(equation))
-    )
+def has_own_rule(equation: Equation) -> bool:
+    """Whether `equation` calls a `custom_jvp` or `custom_vjp` function."""
+    return equation.primitive in _OWN_RULES or any(map(has_own_rule, inner_equations(equation)))
 
 
 def is_linear(equation: Equation) -> bool:
@@ -301,7 +300,8 @@ _LISTED = frozenset(value for name, value in vars(p).items() if name.endswith("_
 _RANDOM = frozenset(
     {p.random_bits_p, p.random_fold_in_p, p.random_gamma_p, p.random_split_p, p.threefry2x32_p}
 )
-_PINNED = frozenset({p.cond_p, p.while_p, p.rng_bit_generator_p, p.rng_uniform_p})
+_PINNED = frozenset({p.cond_p, p.while_p, p.rng_bit_generator_p, p.rng_uniform_p, p.custom_lin_p})
+_OWN_RULES = frozenset({p.custom_jvp_call_p, p.custom_vjp_call_p})
 _PRODUCTS = frozenset({p.dot_general_p, p.conv_general_dilated_p})
 _HEAVY = _PRODUCTS | frozenset(
     {

@@ -39,7 +39,7 @@ from jaxrnn._jaxpr import (
     bind,
     dependents,
     dtype,
-    has_own_vjp,
+    has_own_rule,
     hides_product,
     inline,
     is_heavy,
@@ -137,9 +137,9 @@ def _run(
         for before, after in zip(old, new, strict=True):
             rows += [] if before in rows or after in rows else [before]
         keeping, given = program.cut(program.invars, [*new, *rows], program.equations), consts
-        if any(map(has_own_vjp, program.equations)):
+        if any(map(has_own_rule, program.equations)):
             example = [x[0] for x in map(time_first, xs, axes)]
-            traced = _with_forward_rules(keeping, *consts, *carry, *example)
+            traced = _as_differentiated(keeping, *consts, *carry, *example)
             keeping, given = traced.program, [*traced.consts, *consts]
         last, made = _run(keeping, given, carry, xs, axes, steps, block)
 
@@ -160,19 +160,20 @@ def _run(
     return run(list(consts), list(carry), list(xs))
 
 
-def _with_forward_rules(program: Program, *args: Any) -> Traced:
-    """`program` as it is once differentiated: with the forward rules of its `custom_vjp` functions.
+def _as_differentiated(program: Program, *args: Any) -> Traced:
+    """`program` as it is once differentiated: with what the user's derivative rules compute.
 
-    These have no forward mode, but their rules may, and second derivatives are taken of the rules.
+    A `custom_jvp` rule gives results, too, and a `custom_vjp` function has no forward mode, but its
+    forward rule may: values and second derivatives are those of the rules.
     """
-    traced = trace(functools.partial(inline, program, apply=_by_forward_rule), *args)
+    traced = trace(functools.partial(inline, program, apply=_by_rules), *args)
     inlined = trace(functools.partial(inline, traced.program), *traced.consts, *args)
     return inlined._replace(consts=(*inlined.consts, *traced.consts))
 
 
-def _by_forward_rule(equation: Equation, values: Sequence[Any]) -> list[Any]:
-    """The results of `equation`, by the forward rules of the `custom_vjp` functions in it."""
-    if not has_own_vjp(equation):
+def _by_rules(equation: Equation, values: Sequence[Any]) -> list[Any]:
+    """The results of `equation`, by the derivative rules of the functions that it calls."""
+    if not has_own_rule(equation):
         return bind(equation, values)
     moving = [i for i, a in enumerate(equation.invars) if jnp.issubdtype(dtype(a), jnp.inexact)]
 

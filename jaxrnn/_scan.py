@@ -174,7 +174,10 @@ def _has_effects(f: Body, init: PyTree, xs: PyTree) -> bool:
 
 
 def _first_row(xs: PyTree) -> PyTree:
-    return jax.eval_shape(lambda xs: jax.tree.map(lambda leaf: leaf[0], xs), xs)
+    """The types of one step's xs, with the mesh that they lie on, which `eval_shape` leaves out."""
+    leaves, tree = jax.tree.flatten(xs)
+    rows = trace(lambda *leaves: [leaf[0] for leaf in leaves], *leaves).program.outvars
+    return jax.tree.unflatten(tree, [row.aval for row in rows])
 
 
 class Split(NamedTuple):

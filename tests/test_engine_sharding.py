@@ -105,9 +105,13 @@ def test_fresh_states_do_not_keep_the_engine_from_its_work():
 
 
 @pytest.mark.parametrize("flags", [{}, {"chunk": 4, "remat": True}], ids=["plain", "remat"])
-def test_shard_map_with_a_collective_inside_the_body(flags):
-    """A body that talks to the other devices (here: a mean over the whole batch)."""
-    mesh = jax.make_mesh((DEVICES,), ("batch",), (AxisType.Auto,))
+@pytest.mark.parametrize("manual", [("batch", "other"), ("batch",)], ids=["all_axes", "some_axes"])
+def test_shard_map_with_a_collective_inside_the_body(manual, flags):
+    """A body that talks to the other devices (here: a mean over the whole batch).
+
+    `shard_map` may leave axes of the mesh to the compiler.
+    """
+    mesh = jax.make_mesh((DEVICES // 2, 2), ("batch", "other"), (AxisType.Auto,) * 2)
     p, (h, _), xs = problem("elman_cell", 6)
 
     def run(scan, p, h, xs):
@@ -121,7 +125,11 @@ def test_shard_map_with_a_collective_inside_the_body(flags):
     def value_and_gradient(scan):
         specs = P(), P("batch"), P(None, "batch")
         split = jax.shard_map(
-            functools.partial(run, scan), mesh=mesh, in_specs=specs, out_specs=specs[1:]
+            functools.partial(run, scan),
+            mesh=mesh,
+            in_specs=specs,
+            out_specs=specs[1:],
+            axis_names=set(manual),
         )
         gradient = jax.grad(lambda *a: (split(*a)[1] ** 2).sum(), (0, 1, 2))
         return jax.jit(lambda *a: (split(*a), gradient(*a)))(p, h, xs)

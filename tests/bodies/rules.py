@@ -64,6 +64,26 @@ def custom_jvp_inside(p):
     return f
 
 
+@jax.custom_jvp
+def other_once_differentiated(x):
+    return jnp.sin(x)
+
+
+@other_once_differentiated.defjvp
+def _other_once_differentiated_jvp(primals, tangents):
+    return 1.5 * jnp.sin(primals[0]), jnp.cos(2 * primals[0]) * tangents[0]
+
+
+@body(consts=layer(), init=state())
+def custom_jvp_with_results_of_its_own(p):
+    def f(h, x):
+        z = other_once_differentiated(x @ p["w"]) + other_once_differentiated(h @ p["u"])
+        h = other_once_differentiated(z + p["b"])
+        return h, other_once_differentiated(h @ p["u"])
+
+    return f
+
+
 @body(consts=layer(), init=two_states)
 def spiking(p):
     """A leaky integrate-and-fire layer."""
@@ -82,6 +102,17 @@ def custom_vjp_inside(p):
     def f(h, x):
         h = jnp.tanh(straight_through(x, p["w"]) + clipped_gradient(h @ p["u"]) + p["b"])
         return h, straight_through(h, p["u"])
+
+    return f
+
+
+@body(consts=layer(), init=state(), forward=False)
+def custom_vjp_of_products(p):
+    """Of those that leave the loop, forwards and in the gradient, and of one that stays."""
+
+    def f(h, x):
+        h = jnp.tanh(clipped_gradient(x @ p["w"]) + clipped_gradient(h @ p["u"]) + p["b"])
+        return h, clipped_gradient(h @ p["u"])
 
     return f
 
