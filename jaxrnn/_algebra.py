@@ -16,9 +16,8 @@ The body is run once by an interpreter whose values may be sums, concatenations 
 are not computed yet; what it computes is traced to the new body.
 """
 
-import functools
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -77,7 +76,11 @@ def simplify(
     Returns:
         The new body, `program(*consts, *arguments of the old one)`.
     """
-    inlined = trace(functools.partial(inline, program), *example)
+
+    def inline_once(*args: Array) -> list[Any]:
+        return inline(program, *args, apply=_products_once())
+
+    inlined = trace(inline_once, *example)
     added = len(inlined.consts)
     rewriter = _Rewriter(inlined.program, added + consts, carry, to_be_transposed)
     traced = trace(rewriter.run, *inlined.consts, *example)
@@ -283,6 +286,24 @@ class _Rewriter:
 
 
 _LAYOUT = frozenset({reshape_p, slice_p, squeeze_p})
+
+
+def _products_once() -> Callable[[Equation, Sequence[Any]], list[Any]]:
+    """`bind`, but a product of the same operands is computed once.
+
+    XLA would see to that by itself if no product were merged with others.
+    """
+    made: dict[Any, tuple[Sequence[Any], list[Any]]] = {}
+
+    def apply(equation: Equation, values: Sequence[Any]) -> list[Any]:
+        if equation.primitive is not dot_general_p:
+            return bind(equation, values)
+        key = (str(equation.params), *map(id, values))
+        if key not in made:
+            made[key] = values, bind(equation, values)  # with the values, so that ids stay theirs
+        return made[key][1]
+
+    return apply
 
 
 def _turned(equation: Equation, lhs: Array, rhs: Array) -> Array:

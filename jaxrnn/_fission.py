@@ -335,7 +335,9 @@ class _Cut:
         operands = variables(equation.invars)
         product = moves(equation, self.fixed)
         changes = any(v not in self.fixed for v in equation.outvars)
-        cheap = is_free(equation) or (changes and not is_heavy(equation))
+        # A product of two rows, as an outer one, gains nothing by a pass.
+        costly = product or (is_heavy(equation) and not is_movable(equation))
+        cheap = is_free(equation) or (changes and not costly)
         source = sum(self.cost.get(v, size_in_bytes(v)) for v in operands)
         for v in equation.outvars:
             size = size_in_bytes(v)

@@ -218,6 +218,66 @@ def test_loop_invariant_work_runs_once():
         assert not any(count(body, erf) + count(body, cosh) for body in loops(program))
 
 
+def test_a_product_written_twice_runs_once_though_it_could_be_merged_with_itself():
+    u, h, xs = np.eye(UNITS), np.ones((BATCH, UNITS)), np.ones((TIME, BATCH, UNITS))
+
+    def run(u, h, xs, scan, **flags):
+        def body(h, x):
+            h = jnp.tanh(x @ u + h @ u) * jnp.cos(h @ u)
+            return h, h
+
+        return scan(body, h, xs, **flags)[1]
+
+    split = jax.make_jaxpr(functools.partial(run, scan=jaxrnn.scan, **SPLIT))(u, h, xs)
+    (loop,) = [body for body in loops(split) if not list(loops(body))]
+    assert multiply_adds(loop) == BATCH * UNITS * UNITS
+
+
+def test_outer_products_of_rows_stay_in_the_loop():
+    """Over a block they would be matrices per step to write and to read, for nothing."""
+    w, xs = np.ones((UNITS, UNITS)), np.ones((TIME, BATCH, UNITS))
+
+    def run(w, state, xs):
+        def body(state, x):
+            row = x @ w
+            state = 0.9 * state + jnp.einsum("bi,bj->bij", row, x)
+            return state, jnp.einsum("bi,bij->bj", row, state)
+
+        return jaxrnn.scan(body, state, xs, **SPLIT)
+
+    split = jax.make_jaxpr(run)(w, np.ones((BATCH, UNITS, UNITS)), xs)
+    sizes = [out.aval.size for e, _ in equations(split) for out in e.outvars]
+    assert max(sizes) == max(TIME * BATCH * UNITS, BATCH * UNITS * UNITS)
+
+
+def test_the_gradient_of_a_kernel_is_in_no_loop():
+    """XLA's is slow there on a CPU; the forward pass keeps its blocks."""
+    kernel, xs = np.ones((3, 2, 2), np.float32), np.ones((TIME, BATCH, 5, 2), np.float32)
+
+    def run(kernel, xs):
+        def body(h, x):
+            convolved = lax.conv_general_dilated(
+                x, kernel, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+            )
+            h = jnp.tanh(convolved + 0.5 * h)
+            return h, h
+
+        return jaxrnn.scan(body, xs[0], xs, **SPLIT)[1]
+
+    convolution = lax.conv_general_dilated_p
+    forward = jax.make_jaxpr(run)(kernel, xs)
+    gradient = jax.make_jaxpr(jax.grad(lambda *a: total(run(*a)), (0, 1)))(kernel, xs)
+    assert [count(body, convolution) for body in loops(forward)] == [1, 0]
+    kernels = [
+        e
+        for body in loops(gradient)
+        for e, _ in equations(body)
+        if e.primitive is convolution and e.outvars[0].aval.shape == kernel.shape
+    ]
+    assert not kernels
+    assert count(gradient, convolution) == 3
+
+
 def test_the_weight_gradient_is_contracted_over_whole_blocks():
     """No product with the shape of a recurrent kernel is added up step by step."""
     _, gradient = programs("lstm_split", **SPLIT)
