@@ -1,12 +1,22 @@
 """What JAX's strict settings forbid, only the caller's own code can do: the library never does."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import BATCH, SETTINGS, TIME, assert_identical, assert_same, reference_rnn, scalar_of
+from helpers import (
+    BATCH,
+    CASES,
+    SETTINGS,
+    TIME,
+    assert_identical,
+    assert_same,
+    reference_rnn,
+    scalar_of,
+)
 from jax import lax
 
 import jaxrnn
@@ -34,16 +44,20 @@ PARAMS = {
 }
 
 
-def step_of(p):
+def make_step(xp, p):
     """A product before the loop, one in it that is to be split, one after it."""
 
     def step(x, states):
         (h,) = states
-        z, r = jnp.split(jnp.concatenate([x, h], -1) @ p["k"], 2, axis=-1)
-        h = jnp.tanh(x @ p["w"] + p["b"] + z * jnp.tanh(r))
+        z, r = xp.split(xp.concatenate([x, h], -1) @ p["k"], 2, axis=-1)
+        h = xp.tanh(x @ p["w"] + p["b"] + z * xp.tanh(r))
         return h @ p["v"], [h]
 
     return step
+
+
+# What the cases have promotes ranks.
+CASE = dataclasses.replace(CASES["simple_rnn"], make_step=make_step, params=lambda _: PARAMS)
 
 
 @each_strictness
@@ -58,17 +72,13 @@ def step_of(p):
 )
 def test_rnn(strict, name):
     flags = {"method": "sequential"} | SETTINGS[name]
-    inputs, state = draw(BATCH, TIME, FEATURES), draw(BATCH, UNITS)
-    if flags.get("time_major"):
-        turned = {k: v.swapaxes(0, 1) for k, v in flags.items() if k in ("mask", "reset")}
-        inputs, flags = inputs.swapaxes(0, 1), flags | turned
 
     def derivatives(rnn):
-        def loss(params, inputs, state):
-            results = rnn(step_of(params), inputs, [state], **flags)
+        def loss(arguments):
+            results = CASE.call(rnn, jnp, arguments, **flags)
             return scalar_of(results), results
 
-        return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(PARAMS, inputs, state)
+        return jax.value_and_grad(loss, has_aux=True)(CASE.arguments())
 
     with strict():
         actual = derivatives(jaxrnn.rnn)
