@@ -35,10 +35,20 @@ class Problem(NamedTuple):
 def make(case: Case, seed: int = 0) -> Problem:
     """Random weights and inputs for a case, and the outputs that they lead to."""
     rng = np.random.default_rng(seed)
+    weights = draw_weights(case, rng)
+    inputs = _normal(rng, case.B, case.T, case.D)
+    loss_weights = _normal(rng, case.B, case.T, case.H)
+    reference = run(case.cell, weights, inputs)
+    reset_before = run("gru_reset_before", weights, inputs) if case.cell == "gru" else reference
+    return Problem(weights, inputs, loss_weights, reference, reset_before)
+
+
+def draw_weights(case: Case, rng: np.random.Generator) -> Weights:
+    """Random weights for a case."""
     gates = GATES[case.cell]
 
     def normal(*shape: int, scale: float = 1.0) -> np.ndarray:
-        return (scale * rng.standard_normal(shape)).astype(np.float32)
+        return scale * _normal(rng, *shape)
 
     columns = gates * case.H
     weights = {
@@ -49,11 +59,11 @@ def make(case: Case, seed: int = 0) -> Problem:
     if case.cell == "gru":
         # Flax's cell has no recurrent bias in the candidate; without it all compute the same.
         weights["bias"][1, 2 * case.H :] = 0
-    inputs = normal(case.B, case.T, case.D)
-    loss_weights = normal(case.B, case.T, case.H)
-    reference = run(case.cell, weights, inputs)
-    reset_before = run("gru_reset_before", weights, inputs) if case.cell == "gru" else reference
-    return Problem(weights, inputs, loss_weights, reference, reset_before)
+    return weights
+
+
+def _normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.standard_normal(shape).astype(np.float32)
 
 
 def save(problem: Problem, path: Path) -> None:

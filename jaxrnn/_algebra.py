@@ -33,25 +33,27 @@ from jaxrnn._jaxpr import (
     Program,
     Traced,
     Var,
-    add_any_p,
-    add_p,
     at,
     bind,
-    concatenate_p,
-    dot_general_p,
     dtype,
     inline,
     is_elementwise,
-    reshape_p,
     shape,
     size_in_bytes,
-    slice_p,
-    split_p,
-    squeeze_p,
     trace,
     variables,
 )
 from jaxrnn._placement import explicit_sharding
+from jaxrnn._primitives import (
+    add_any_p,
+    add_p,
+    concatenate_p,
+    dot_general_p,
+    reshape_p,
+    slice_p,
+    split_p,
+    squeeze_p,
+)
 
 Array = Any
 

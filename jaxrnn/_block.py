@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxrnn._columns import MisfitError
 from jaxrnn._fission import Loop, Plan
+from jaxrnn._fused import run_fused
 from jaxrnn._jaxpr import Atom, Literal, Program, read
+from jaxrnn._kernel import Recipe, recipe
 from jaxrnn._passes import run_rows
 from jaxrnn._placement import empty_rows
 
@@ -18,11 +21,25 @@ Env = dict[Atom, Any]
 
 
 class Steps(NamedTuple):
-    """How a block is run through: as `lax.scan`'s `length`, `reverse` and `unroll`."""
+    """How a block is run through.
+
+    Attributes:
+        length: as for `lax.scan`, like the next two.
+        reverse: whether from the last step to the first.
+        unroll: steps per iteration.
+        fused: whether recurrences that fit are run as one kernel.
+        whole_tangent: whether a tangent is one block where its results are several.
+    """
 
     length: int
     reverse: bool
     unroll: int | bool
+    fused: bool = False
+    whole_tangent: bool = False
+
+    def scan(self, step: Callable[[PyTree, PyTree], Any], init: PyTree, xs: PyTree) -> Any:
+        """`lax.scan`."""
+        return lax.scan(step, init, xs, self.length, self.reverse, self.unroll)
 
 
 RunLoop = Callable[
@@ -123,7 +140,8 @@ def run_plain(
         outs = program.run(*consts, *carry, *x)
         return outs[: len(carry)], outs[len(carry) :]
 
-    return lax.scan(step, list(carry), list(xs), *steps)
+    last, ys = steps.scan(step, list(carry), list(xs))
+    return last, ys
 
 
 def over_blocks(
@@ -147,12 +165,12 @@ def over_blocks(
     Returns:
         The last carry, and ys as a pytree of arrays `[T, ...]`.
     """
-    time, reverse, unroll = steps
+    time, reverse = steps.length, steps.reverse
     blocks, rest = divmod(time, block)
 
     def run(carry: PyTree, xs: PyTree, count: int) -> tuple[PyTree, PyTree]:
         def plain(carry: PyTree, xs: PyTree) -> tuple[PyTree, PyTree]:
-            return run_block(carry, xs, Steps(count, reverse, unroll))
+            return run_block(carry, xs, steps._replace(length=count))
 
         # Inside a loop nothing can be merged with its recomputation; in a lone block it could.
         inside = count == block and blocks > 1
@@ -172,7 +190,7 @@ def over_blocks(
         main,
         blocks,
         reverse,
-        unroll is True or 1,
+        steps.unroll is True or 1,
     )
     ys = jax.tree.map(lambda y: y.reshape(blocks * block, *y.shape[2:]), ys)
     if rest:
@@ -251,7 +269,10 @@ class _Writer:
     def run_loop(
         self, loop: Loop, consts: list[Array], carry: list[Array], xs: list[Array], steps: Steps
     ) -> tuple[list[Array], list[Array]]:
-        """Runs a loop, each step of which writes its row."""
+        """Runs a loop, each step of which writes its row; a kernel writes its own."""
+        how = _as_kernel(loop, steps)
+        if how is not None:
+            return run_fused(how, consts, carry, xs, steps.length, steps.reverse)
         places = [i for i in sorted(self.missing) if self.outs[i] in loop.ys]
         others = [v for v in loop.ys if v not in self.outs]
 
@@ -266,7 +287,7 @@ class _Writer:
             return (outs[: len(carry)], whole), [row[v] for v in others]
 
         state = (carry, [self.whole[place] for place in places])
-        (carry, whole), ys = lax.scan(step, state, (self.index, xs), *steps)
+        (carry, whole), ys = steps.scan(step, state, (self.index, xs))
         rows: Env = dict(zip(others, ys, strict=True))
         for place, written in zip(places, whole, strict=True):
             self.whole[place] = written
@@ -288,4 +309,17 @@ def _write(whole: Array, rows: Array, start: Array) -> Array:
 def _run_loop(
     loop: Loop, consts: list[Array], carry: list[Array], xs: list[Array], steps: Steps
 ) -> tuple[list[Array], list[Array]]:
+    how = _as_kernel(loop, steps)
+    if how is not None:
+        return run_fused(how, consts, carry, xs, steps.length, steps.reverse)
     return run_plain(loop.program, consts, carry, xs, steps)
+
+
+def _as_kernel(loop: Loop, steps: Steps) -> Recipe | None:
+    """How to run a loop as one kernel, if it is to be one and fits."""
+    if not steps.fused:
+        return None
+    try:
+        return recipe(loop.program, len(loop.consts), len(loop.carry))
+    except MisfitError:
+        return None

@@ -12,10 +12,11 @@ from jax import lax
 from jaxrnn import _jaxpr, _rnn
 from jaxrnn._arguments import Step
 from jaxrnn._block import Steps, run_plain, time_first
+from jaxrnn._choice import block_length, only_for_gradients, steps_of
 from jaxrnn._fission import Plan
 from jaxrnn._jaxpr import Equation, Program
 from jaxrnn._recurrence import run_split
-from jaxrnn._scan import Split, block_length, only_for_gradients, split_body
+from jaxrnn._scan import Split, split_body
 
 Array = jax.Array
 PyTree = Any
@@ -82,9 +83,11 @@ def _report(
         return [
             f"plain lax.scan over {time} steps: the step has effects, or no product worth moving"
         ]
-    block = block_length(chunk, remat, time, split)
+    block = block_length(chunk, remat, time, split.plan)
+    steps = steps_of(time, reverse, unroll, chunk, split.plan, split.fused)
     kept = " (rematerialised)" if remat else ""
-    lines = [f'method "sequential" over {time} steps, in blocks of {block}{kept}']
+    how = "fused" if split.fused else "sequential"
+    lines = [f'method "{how}" over {time} steps, in blocks of {block}{kept}']
     if only_for_gradients(split.plan, chunk, remat, method):
         lines.append("for gradients; results alone come from plain lax.scan, just as soon")
     lines += _section("once, from parameters alone", split.plan.invariant)
@@ -92,8 +95,9 @@ def _report(
         when = "prologue" if i == 0 else "epilogue" if stage.loop is None else "between loops"
         lines += _section(f"per block of time: {when}", stage.program)
         if stage.loop is not None:
-            lines += _section("step by step: recurrence", stage.loop.program)
-    return [*lines, "", *_figures(split, xs, Steps(time, reverse, unroll), block, remat)]
+            where = "one kernel" if split.fused else "step by step"
+            lines += _section(f"{where}: recurrence", stage.loop.program)
+    return [*lines, "", *_figures(split, xs, steps, block, remat)]
 
 
 def _section(title: str, program: Program) -> list[str]:

@@ -6,18 +6,33 @@ captured constants. The jaxpr classes differ between JAX versions (from 0.12 on 
 """
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.extend import core, source_info_util
-from jax.extend.core import primitives as p
 
 from jaxrnn._placement import explicit_sharding, varying
+from jaxrnn._primitives import (
+    ELEMENTWISE,
+    FREE,
+    HEAVY,
+    INLINED,
+    LINEAR,
+    LISTED,
+    OWN_RULES,
+    PINNED,
+    PRODUCTS,
+    RANDOM,
+    SLOPE_BY_OUTPUT,
+    SMOOTH,
+    convert_element_type_p,
+    dot_general_p,
+    split_p,
+    stop_gradient_p,
+)
 
 PyTree = Any
 Var = core.Var
@@ -98,7 +113,7 @@ def inline(program: Program, *args: Any, apply: Callable[..., list[Any]] = bind)
         if not equation.outvars:  # without effects it does nothing
             continue
         values = [read(env, atom) for atom in equation.invars]
-        if equation.primitive in _INLINED:
+        if equation.primitive in INLINED:
             closed = equation.params["jaxpr"]
             jaxpr = closed.jaxpr
             inner = Program(
@@ -112,6 +127,18 @@ def inline(program: Program, *args: Any, apply: Callable[..., list[Any]] = bind)
     return [read(env, atom) for atom in program.outvars]
 
 
+def calls(equation: Equation) -> bool:
+    """Whether `equation` is a call, which `inline` by `without_rule` replaces by the function."""
+    return equation.primitive in INLINED | OWN_RULES
+
+
+def without_rule(equation: Equation, values: Sequence[Any]) -> list[Any]:
+    """The results of `equation`; a derivative rule of its own is forgotten."""
+    if equation.primitive not in OWN_RULES:
+        return bind(equation, values)
+    return list(core.jaxpr_as_fun(equation.params["call_jaxpr"])(*values))
+
+
 def dependents(
     program: Program, sources: Sequence[Var], *, through_tangents: bool = False
 ) -> set[Var]:
@@ -123,7 +150,7 @@ def dependents(
     for equation in program.equations:
         outs = equation.outvars
         if through_tangents:
-            stops = equation.primitive is p.stop_gradient_p
+            stops = equation.primitive is stop_gradient_p
             outs = [] if stops else [v for v in outs if jnp.issubdtype(dtype(v), jnp.inexact)]
         if any(not isinstance(a, Literal) and a in found for a in equation.invars):
             found |= set(outs)
@@ -179,7 +206,7 @@ def weak_as(value: jax.Array, like: Atom) -> jax.Array:
     if not is_weak(like) or value.weak_type:
         return value
     params = {"new_dtype": value.dtype, "weak_type": True, "sharding": None}
-    return p.convert_element_type_p.bind(value, **params)
+    return convert_element_type_p.bind(value, **params)
 
 
 def is_heavy(equation: Equation) -> bool:
@@ -187,12 +214,12 @@ def is_heavy(equation: Equation) -> bool:
 
     A gather counts, because its transpose is a scatter into the whole table.
     """
-    return equation.primitive in _HEAVY or any(map(is_heavy, inner_equations(equation)))
+    return equation.primitive in HEAVY or any(map(is_heavy, inner_equations(equation)))
 
 
 def multiply_adds(equation: Equation) -> int:
     """The multiplications of a matrix product or convolution; 0 for anything else."""
-    if equation.primitive not in _PRODUCTS:
+    if equation.primitive not in PRODUCTS:
         return 0
     lhs, rhs = equation.invars[:2]
     if equation.primitive is dot_general_p:
@@ -217,34 +244,34 @@ def is_movable(equation: Equation) -> bool:
     than threefry depend on the batching. The tangent of a `custom_vjp` function knows no `vmap`. Of
     primitives that JAX does not list nothing is known.
     """
-    if equation.primitive in _PINNED or any(
+    if equation.primitive in PINNED or any(
         "rbg" in str(getattr(atom.aval, "dtype", "")) for atom in equation.invars
     ):
         return False
-    known = equation.primitive in _LISTED or equation.primitive is split_p()
+    known = equation.primitive in LISTED or equation.primitive is split_p()
     return known and all(map(is_movable, inner_equations(equation)))
 
 
 def is_free(equation: Equation) -> bool:
     """Whether `equation` only arranges data: cheaper to repeat than to carry what it makes."""
-    return equation.primitive in _FREE or equation.primitive is split_p()
+    return equation.primitive in FREE or equation.primitive is split_p()
 
 
 def is_elementwise(equation: Equation) -> bool:
     """Whether `equation` works on each element by itself."""
-    return equation.primitive in _ELEMENTWISE
+    return equation.primitive in ELEMENTWISE
 
 
 def is_smooth(equation: Equation) -> bool:
     """Whether the derivative of `equation` is finite at all finite operands, if not too large."""
-    if equation.primitive in _INLINED:
+    if equation.primitive in INLINED:
         return all(map(is_smooth, inner_equations(equation)))
-    return equation.primitive in _SMOOTH or equation.primitive is split_p()
+    return equation.primitive in SMOOTH or equation.primitive is split_p()
 
 
 def is_random(equation: Equation) -> bool:
     """Whether `equation` draws or derives random bits, which costs more than to store them."""
-    return equation.primitive in _RANDOM
+    return equation.primitive in RANDOM
 
 
 def hides_product(equation: Equation) -> bool:
@@ -255,7 +282,7 @@ def hides_product(equation: Equation) -> bool:
 
 def has_own_rule(equation: Equation) -> bool:
     """Whether `equation` calls a `custom_jvp` or `custom_vjp` function."""
-    return equation.primitive in _OWN_RULES or any(map(has_own_rule, inner_equations(equation)))
+    return equation.primitive in OWN_RULES or any(map(has_own_rule, inner_equations(equation)))
 
 
 def is_linear(equation: Equation) -> bool:
@@ -263,19 +290,12 @@ def is_linear(equation: Equation) -> bool:
 
     For a selection this leaves the predicate out: it has no derivative.
     """
-    return equation.primitive in _LINEAR or equation.primitive is split_p()
+    return equation.primitive in LINEAR or equation.primitive is split_p()
 
 
 def slope_by_output(equation: Equation) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
     """`(y, dx) -> dy` for a function whose derivative can be told from its result y alone."""
-    return _SLOPE_BY_OUTPUT.get(equation.primitive)
-
-
-@functools.cache
-def split_p() -> Any:
-    """The primitive of `lax.split`, which `jax.extend` does not list."""
-    x = jax.ShapeDtypeStruct((2,), "float32")
-    return jax.make_jaxpr(lambda x: lax.split(x, (1, 1)))(x).jaxpr.eqns[0].primitive
+    return SLOPE_BY_OUTPUT.get(equation.primitive)
 
 
 def _count(lengths: Iterable[Any]) -> int:
@@ -284,96 +304,3 @@ def _count(lengths: Iterable[Any]) -> int:
 
 def _inner_jaxprs(equation: Equation) -> list[Any]:
     return list(core.jaxprs_in_params(equation.params))
-
-
-add_p = p.add_p
-add_any_p = p.add_jaxvals_p
-concatenate_p = p.concatenate_p
-conv_general_dilated_p = p.conv_general_dilated_p
-dot_general_p = p.dot_general_p
-reshape_p = p.reshape_p
-slice_p = p.slice_p
-squeeze_p = p.squeeze_p
-
-_INLINED = frozenset({p.jit_p, p.closed_call_p})
-_LISTED = frozenset(value for name, value in vars(p).items() if name.endswith("_p"))
-_RANDOM = frozenset(
-    {p.random_bits_p, p.random_fold_in_p, p.random_gamma_p, p.random_split_p, p.threefry2x32_p}
-)
-_PINNED = frozenset({p.cond_p, p.while_p, p.rng_bit_generator_p, p.rng_uniform_p, p.custom_lin_p})
-_OWN_RULES = frozenset({p.custom_jvp_call_p, p.custom_vjp_call_p})
-_PRODUCTS = frozenset({p.dot_general_p, p.conv_general_dilated_p})
-_HEAVY = _PRODUCTS | frozenset(
-    {
-        p.gather_p,
-        p.scan_p,
-        p.cholesky_p,
-        p.triangular_solve_p,
-        p.lu_p,
-        p.qr_p,
-        p.svd_p,
-        p.eigh_p,
-        p.eig_p,
-        p.fft_p,
-    }
-)
-_FREE = frozenset(
-    {
-        p.broadcast_in_dim_p,
-        p.concatenate_p,
-        p.convert_element_type_p,
-        p.copy_p,
-        p.iota_p,
-        p.reshape_p,
-        p.slice_p,
-        p.squeeze_p,
-        p.stop_gradient_p,
-        p.transpose_p,
-    }
-)
-_ELEMENTWISE = frozenset(
-    {
-        p.add_p,
-        p.add_jaxvals_p,
-        p.clamp_p,
-        p.cos_p,
-        p.div_p,
-        p.erf_p,
-        p.exp_p,
-        p.integer_pow_p,
-        p.logistic_p,
-        p.max_p,
-        p.min_p,
-        p.mul_p,
-        p.neg_p,
-        p.sin_p,
-        p.sub_p,
-        p.tanh_p,
-    }
-)
-_SLOPE_BY_OUTPUT: dict[Any, Callable[[jax.Array, jax.Array], jax.Array]] = {
-    p.exp_p: lambda y, dx: dx * y,
-    p.logistic_p: lambda y, dx: dx * y * (1 - y),
-    p.tanh_p: lambda y, dx: (dx + dx * y) * (1 - y),
-}
-_LINEAR = frozenset(
-    {
-        p.add_p,
-        p.add_jaxvals_p,
-        p.broadcast_in_dim_p,
-        p.concatenate_p,
-        p.convert_element_type_p,
-        p.copy_p,
-        p.neg_p,
-        p.pad_p,
-        p.reduce_sum_p,
-        p.reshape_p,
-        p.rev_p,
-        p.select_n_p,
-        p.slice_p,
-        p.squeeze_p,
-        p.sub_p,
-        p.transpose_p,
-    }
-)
-_SMOOTH = (_ELEMENTWISE | _FREE | _LINEAR | _PRODUCTS) - {p.div_p, p.exp_p, p.integer_pow_p}

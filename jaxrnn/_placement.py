@@ -13,6 +13,14 @@ from jax import lax
 Array = jax.Array
 
 
+def gpu() -> Any:
+    """The NVIDIA GPU that is computed on, as far as one can tell while tracing, or None."""
+    chosen = jax.config.jax_default_device  # type: ignore[attr-defined]
+    device = chosen if isinstance(chosen, jax.Device) else jax.devices()[0]
+    is_cuda = device.platform == "gpu" and "cuda" in device.client.platform_version
+    return device if is_cuda else None
+
+
 def explicit_sharding(aval: Any) -> Any:
     """How an array type is split over the explicit axes of a mesh; None where it is not."""
     sharding = getattr(aval, "sharding", None)

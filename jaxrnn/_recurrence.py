@@ -37,7 +37,6 @@ from jaxrnn._jaxpr import (
     Traced,
     Var,
     bind,
-    conv_general_dilated_p,
     dependents,
     dtype,
     has_own_rule,
@@ -50,6 +49,7 @@ from jaxrnn._jaxpr import (
     trace,
     variables,
 )
+from jaxrnn._primitives import conv_general_dilated_p
 from jaxrnn._tangent import State, Tangent, only_split, symbolic_zero
 
 Array = jax.Array
@@ -152,7 +152,8 @@ def _run(
         tangent = Tangent(program, primals, tangents, axes, made, where, states)
         # Blocks are a loop, in which XLA's gradient of a kernel is 5 to 14 times as slow on a CPU.
         convolves = any(e.primitive is conv_general_dilated_p for e in program.equations)
-        t_last, t_ys = tangent.run(steps, steps.length if convolves else block)
+        whole = convolves or steps.whole_tangent
+        t_last, t_ys = tangent.run(steps, steps.length if whole else block)
         ys = made[: len(yielded)]
         return (last, ys), (
             _fill(last, tangent.moving_carry, t_last),

@@ -1,8 +1,7 @@
 """`scan`: `jax.lax.scan` run as an expert would have written it, over blocks of time."""
 
-import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,22 +10,24 @@ from jax import lax
 
 from jaxrnn._algebra import simplify
 from jaxrnn._block import Steps, over_blocks, run_plain, time_first
+from jaxrnn._choice import (
+    block_length,
+    fits_kernel,
+    is_worthwhile,
+    kernels_pay,
+    only_for_gradients,
+    steps_of,
+)
 from jaxrnn._eager import is_jit_disabled, run_compiled
 from jaxrnn._fission import Plan, fission
 from jaxrnn._jaxpr import (
-    Atom,
     Traced,
-    conv_general_dilated_p,
     dtype,
     is_heavy,
     is_movable,
     is_weak,
     kind,
-    multiply_adds,
-    size,
-    size_in_bytes,
     trace,
-    variables,
     weak_as,
 )
 from jaxrnn._recurrence import run_split
@@ -36,7 +37,7 @@ Array = jax.Array
 PyTree = Any
 Body = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
 
-METHODS = ("auto", "sequential", "lax")
+METHODS = ("auto", "fused", "sequential", "lax")
 
 
 def scan(
@@ -69,13 +70,15 @@ def scan(
         remat: whether only the carries between blocks are kept for the backward pass and the rest
             is computed again; blocks are of about sqrt(T) steps then, unless `chunk` says else.
             A body with effects is never run again.
-        method: "auto"; "sequential", the split body in order; "lax", plain `jax.lax.scan`.
+        method: "auto"; "fused", on an NVIDIA GPU each recurrence as one kernel; "sequential", the
+            split body in order; "lax", plain `jax.lax.scan`.
 
     Returns:
         The last carry, and ys as a pytree of arrays `[T, ...]`.
 
     Raises:
-        ValueError: for an option that does not fit; and what `jax.lax.scan` raises.
+        ValueError: for an option that does not fit, "fused" for a recurrence that fits no kernel
+            among them; and what `jax.lax.scan` raises.
     """
     check_options(chunk, remat, method)
     options = _Options(_as_int(length), reverse, unroll, chunk, remat, method)
@@ -149,15 +152,17 @@ def scan_along(
     if split is None and (not remat or _has_effects(f, init, xs)):
         return lax.scan(f, init, xs, length, reverse, unroll)
 
-    block = block_length(chunk, remat, time, split)
-    steps = Steps(time, reverse, unroll)
     if split is None:
+        block, steps = block_length(chunk, remat, time, None), Steps(time, reverse, unroll)
 
         def run_plainly(carry: PyTree, xs: PyTree, steps: Steps) -> tuple[PyTree, PyTree]:
-            return lax.scan(f, carry, xs, *steps)
+            last, ys = steps.scan(f, carry, xs)
+            return last, ys
 
         return over_blocks(run_plainly, init, xs, steps, block, remat)
 
+    block = block_length(chunk, remat, time, split.plan)
+    steps = steps_of(time, reverse, unroll, chunk, split.plan, split.fused)
     if only_for_gradients(split.plan, chunk, remat, method):
         carry, ys = _run_for_gradients(split, lying, axes, steps, block)
     else:
@@ -183,13 +188,15 @@ def _first_row(xs: PyTree) -> PyTree:
 class Split(NamedTuple):
     """A body after fission: the plan, what it closes over, and the first carry, flat.
 
-    `traced` is the body as it was before, `program(*traced.consts, *carry, *x)`.
+    `traced` is the body as it was before, `program(*traced.consts, *carry, *x)`; `fused` says
+    whether its recurrences are run as kernels.
     """
 
     plan: Plan
     consts: tuple[Any, ...]
     carry: list[Any]
     traced: Traced
+    fused: bool
 
 
 def _run_for_gradients(
@@ -256,54 +263,20 @@ def split_body(f: Body, init: PyTree, xs: PyTree, method: str) -> Split | None:
     program = traced.program
     before = map(kind, program.invars[len(traced.consts) :][: len(carry)])
     after = map(kind, program.outvars[: len(carry)])
+    if traced.has_effects and method == "fused":
+        raise ValueError("method='fused': the step has effects, and in a kernel there are none.")
     if traced.has_effects or list(before) != list(after):
         return None
-    if not any(is_heavy(e) and is_movable(e) for e in program.equations):
+    has_product = any(is_heavy(e) and is_movable(e) for e in program.equations)
+    if not has_product and method != "fused" and not kernels_pay(method):
         return None
     body = simplify(program, len(traced.consts), len(carry), [*traced.consts, *carry, *x])
     consts = (*body.consts, *traced.consts)
     plan = fission(body.program, len(consts), len(carry))
-    if method == "auto" and not _is_worthwhile(plan):
+    fused = fits_kernel(plan, method)
+    if method == "auto" and not fused and not is_worthwhile(plan):
         return None
-    return Split(plan, consts, carry, traced)
-
-
-def _is_worthwhile(plan: Plan) -> bool:
-    """Whether what can be moved is enough to pay for the passes over blocks.
-
-    Measured on a CPU: a GRU of 4 units lost, one of 16 did not.
-    """
-    heavy = [e for e in plan.body.equations if is_heavy(e) and is_movable(e)]
-    products = list(filter(multiply_adds, heavy))
-    return len(products) < len(heavy) or sum(map(multiply_adds, products)) >= 2048
-
-
-def only_for_gradients(plan: Plan, chunk: Any, remat: bool, method: str) -> bool:
-    """Whether plain `lax.scan` has the results just as soon, and only a gradient gains.
-
-    Measured on a CPU: a product of 128 rows with a small matrix is as fast in a loop as outside of
-    one, and so is a convolution of up to 2**18 multiplications. If products stand in several loops,
-    as in layers written as one step, it takes two rows and the matrix may be large: a second loop
-    costs what the moved products save.
-    """
-    if remat or chunk != "auto" or method != "auto":
-        return False
-    loops = [stage.loop.program for stage in plan.stages if stage.loop is not None]
-    several = sum(any(map(multiply_adds, loop.equations)) for loop in loops) > 1
-    rows, small = (2, math.inf) if several else (128, 1 << 13)
-    if any(map(is_heavy, plan.invariant.equations)):
-        return False
-    for equation in filter(is_heavy, (e for s in plan.stages for e in s.program.equations)):
-        work = multiply_adds(equation)
-        fixed = [v for v in variables(equation.invars) if plan.times[v] == -1]
-        if equation.primitive is conv_general_dilated_p:
-            gains = work > 1 << 18
-        else:
-            weights = size(fixed[0]) if fixed else 0
-            gains = not work or work < rows * weights or weights > small
-        if gains:
-            return False
-    return True
+    return Split(plan, consts, carry, traced, fused)
 
 
 def check_options(chunk: Any, remat: Any, method: Any) -> None:
@@ -328,41 +301,3 @@ def _time(xs: PyTree, length: Any) -> int | None:
     times = {x.shape[0] for x in leaves} | ({length} if length is not None else set())
     time = times.pop() if len(times) == 1 else None
     return time if isinstance(time, int) else None
-
-
-def block_length(chunk: int | str | None, remat: bool, time: int, split: Split | None) -> int:
-    """Timesteps per block."""
-    if isinstance(chunk, int):
-        return min(chunk, time)
-    if chunk is None:
-        return time
-    if remat:
-        return math.isqrt(time - 1) + 1 if time > 1 else 1
-    assert split is not None
-    plan = split.plan
-    per_step = _bytes(v for s in plan.stages for v in s.program.outvars)
-    # The gradient's passes go over rows like the states, too: kept, their tangents, and factors of
-    # both. That counts where these are more than the passes make, as with a matrix for a state.
-    states = _bytes(plan.body.invars[plan.consts : plan.consts + plan.carry])
-    per_step += 2 * max(states - per_step, 0)
-    devices = jax.device_count()
-    per_step //= devices  # as if split over all
-    # Measured on a CPU: one block is as fast as several or faster as long as its passes are small
-    # beside the 32 MiB above which the memory of a program is mapped anew at every call. Else a
-    # block should stay in the cache.
-    if time * per_step <= 6 << 20:
-        return time
-    least = 4 if devices == 1 else 8  # with several, each block costs a reduction
-    return _near_divisor(time, max(least, (2 << 20) // per_step))
-
-
-def _bytes(atoms: Iterable[Atom]) -> int:
-    return sum(map(size_in_bytes, variables(atoms)))
-
-
-def _near_divisor(time: int, target: int) -> int:
-    """A number of about `target` that divides `time`, else `target` or less."""
-    if time <= target:
-        return time
-    divisors = [n for n in range(max(target // 2, 1), 2 * target + 1) if time % n == 0]
-    return min(divisors, key=lambda n: abs(math.log(n / target)), default=target)

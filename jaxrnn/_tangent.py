@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
 from jaxrnn._algebra import simplify
 from jaxrnn._block import Steps, block_of, over_blocks, run_block, run_invariant, time_first
+from jaxrnn._columns import MisfitError
 from jaxrnn._fission import Loop, fission
+from jaxrnn._fused import run_fused
 from jaxrnn._jaxpr import (
     Equation,
     Literal,
@@ -22,10 +23,11 @@ from jaxrnn._jaxpr import (
     dependents,
     read,
     slope_by_output,
-    split_p,
     trace,
     variables,
 )
+from jaxrnn._kernel import Recipe, recipe
+from jaxrnn._primitives import split_p
 
 Array = jax.Array
 PyTree = Any
@@ -133,6 +135,11 @@ class Tangent:
             rows: list[Array],
             steps: Steps,
         ) -> tuple[list[Array], list[Array]]:
+            how = self._as_kernel(loop, linear, steps)
+            if how is not None:
+                moving = frozenset(i for i, v in enumerate(loop.xs) if v in linear)
+                return run_fused(how, consts, carry, rows, steps.length, steps.reverse, moving)
+
             # Transposition wants the linear inputs first.
             order = sorted(range(len(rows)), key=lambda i: loop.xs[i] not in linear)
             back = sorted(range(len(rows)), key=order.__getitem__)
@@ -142,7 +149,8 @@ class Tangent:
                 return outs[: len(carry)], outs[len(carry) :]
 
             step = jax.checkpoint(step, prevent_cse=False)
-            return lax.scan(step, carry, [rows[i] for i in order], *steps)
+            last, ys = steps.scan(step, carry, [rows[i] for i in order])
+            return last, ys
 
         invariant = run_invariant(plan, consts)
 
@@ -164,6 +172,20 @@ class Tangent:
 
         rows = (blocked, jnp.arange(steps.length))
         return over_blocks(run, self.t_carry, rows, steps, block, False)
+
+    def _as_kernel(self, loop: Loop, linear: set[Var], steps: Steps) -> Recipe | None:
+        """How to run a loop, and its transpose, as one kernel each, if they are to be and fit."""
+        if not steps.fused or any(v in linear for v in loop.consts):
+            return None
+        moving = [i for i, v in enumerate(loop.xs) if v in linear]
+        try:
+            how = recipe(loop.program, len(loop.consts), len(loop.carry))
+            how.kernel.transposed(
+                frozenset(i for i, (x, _) in enumerate(how.columns) if x in moving)
+            )
+        except MisfitError:
+            return None
+        return how
 
     def _known(self, index: Array, steps: Steps) -> list[Array]:
         """What is known of a block of steps: its xs, the carry before each, what is kept."""

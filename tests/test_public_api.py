@@ -86,7 +86,7 @@ def test_files_stay_short_and_away_from_internals_of_jax(path):
     text = path.read_text()
     assert len(text.splitlines()) <= 400
     assert "jax._src" not in text
-    assert "jax.extend" not in text or path.name == "_jaxpr.py"
+    assert "jax.extend" not in text or path.name in ("_jaxpr.py", "_primitives.py")
 
 
 def test_it_is_typed():

@@ -1,5 +1,7 @@
 """The naive steps on plain `jax.lax.scan`, which every JAX library has inside."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import lax
 
@@ -14,8 +16,16 @@ def build(cell: str, variant: str, problem: Problem) -> Candidate:
     """The step of that name in the loop that a user would write around it."""
     if variant == "gemm":
         return through_jax.gemm(GEMM_SIZE)
-    naive = NAIVE[cell, variant]
     batch, _, units = problem.reference.shape
+    forward, arrange = forward_of(cell, variant, batch, units)
+    return through_jax.candidate(forward, arrange(problem.weights), problem)
+
+
+def forward_of(
+    cell: str, variant: str, batch: int, units: int, dtype: str = "float32"
+) -> tuple[Callable, Callable]:
+    """`(params, inputs) -> outputs` of a naive step, and how weights are arranged for it."""
+    naive = NAIVE[cell, variant]
 
     def forward(params, inputs):
         step = naive.step(params)
@@ -24,11 +34,11 @@ def build(cell: str, variant: str, problem: Problem) -> Candidate:
             output, states = step(x, states)
             return states, output
 
-        states = [jnp.zeros((batch, units))] * STATES[cell]
+        states = [jnp.zeros((batch, units), dtype)] * STATES[cell]
         _, outputs = lax.scan(body, states, jnp.swapaxes(inputs, 0, 1))
         return jnp.swapaxes(outputs, 0, 1)
 
-    return through_jax.candidate(forward, naive.arrange(problem.weights), problem)
+    return forward, naive.arrange
 
 
 if __name__ == "__main__":

@@ -34,16 +34,20 @@ def _synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def build(cell: str, variant: str, problem: Problem) -> Candidate:
+def build(cell: str, variant: str, problem: Problem, dtype: str = "float32") -> Candidate:
     """The layer over batch-major inputs; its gradient by parameters and inputs."""
     features, units = problem.inputs.shape[-1], problem.reference.shape[-1]
     layer = LAYERS[cell](features, units, batch_first=True)
     with torch.no_grad():
         for name, value in _arrange(cell, problem.weights).items():
             getattr(layer, name).copy_(torch.from_numpy(value.copy()))
-    layer = layer.to(DEVICE)
-    inputs = torch.from_numpy(problem.inputs).to(DEVICE).requires_grad_()
-    loss_weights = torch.from_numpy(problem.loss_weights).to(DEVICE)
+    layer = layer.to(DEVICE, getattr(torch, dtype))
+    layer.flatten_parameters()  # cuDNN wants them side by side
+    inputs, loss_weights = (
+        torch.as_tensor(array).to(DEVICE, getattr(torch, dtype))
+        for array in (problem.inputs, problem.loss_weights)
+    )
+    inputs.requires_grad_()
     parameters = [inputs, *layer.parameters()]
 
     def forward():

@@ -1,0 +1,146 @@
+"""What the engine decides by itself, and what was measured to decide it so."""
+
+import importlib.util
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+
+from jaxrnn import _placement as placement
+from jaxrnn._block import Steps
+from jaxrnn._columns import MisfitError
+from jaxrnn._fission import Plan
+from jaxrnn._jaxpr import Atom, is_heavy, is_movable, multiply_adds, size, size_in_bytes, variables
+from jaxrnn._kernel import recipe
+from jaxrnn._primitives import conv_general_dilated_p
+
+
+def is_worthwhile(plan: Plan) -> bool:
+    """Whether what can be moved is enough to pay for the passes over blocks.
+
+    Measured on a CPU: a GRU of 4 units lost, one of 16 did not.
+    """
+    if placement.gpu() is not None:
+        return True
+    heavy = [e for e in plan.body.equations if is_heavy(e) and is_movable(e)]
+    products = list(filter(multiply_adds, heavy))
+    return len(products) < len(heavy) or sum(map(multiply_adds, products)) >= 2048
+
+
+def kernels_pay(method: str) -> bool:
+    """Whether kernels are to be used wherever they fit, and were measured to be faster.
+
+    That was on an H100. Over several devices the compiler splits loops, but not kernels.
+    """
+    device = placement.gpu() if method == "auto" and jax.device_count() == 1 else None
+    if device is None or device.compute_capability != "9.0":
+        return False
+    return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
+
+
+def fits_kernel(plan: Plan, method: str) -> bool:
+    """Whether recurrences are to be run as one kernel each.
+
+    Raises:
+        ValueError: if this is asked for and one does not fit.
+    """
+    if method != "fused" and not kernels_pay(method):
+        return False
+    loops = [stage.loop for stage in plan.stages if stage.loop is not None]
+    try:
+        for loop in loops:
+            recipe(loop.program, len(loop.consts), len(loop.carry))
+    except MisfitError as error:
+        if method != "fused":
+            return False
+        raise ValueError(f"method='fused': the recurrence fits no kernel: {error}.") from None
+    return bool(loops)
+
+
+def steps_of(
+    time: int,
+    reverse: bool,
+    unroll: int | bool,
+    chunk: int | str | None,
+    plan: Plan,
+    fused: bool,
+) -> Steps:
+    """How the steps are run through.
+
+    A step of a loop takes a GPU less time than to start its kernels, and those of several steps are
+    started at once (measured on an H100: 2 to 2.4 times as fast for 8). Its gradient keeps more
+    than a block makes, so that blocks save it no memory worth the time.
+    """
+    on_gpu = placement.gpu() is not None
+    if on_gpu and unroll is not True and unroll <= 1:
+        unroll = max(1, min(8, 512 // len(plan.body.equations)))
+    return Steps(time, reverse, unroll, fused, on_gpu and chunk == "auto")
+
+
+def only_for_gradients(plan: Plan, chunk: Any, remat: bool, method: str) -> bool:
+    """Whether plain `lax.scan` has the results just as soon, and only a gradient gains.
+
+    Measured on a CPU: a product of 128 rows with a small matrix is as fast in a loop as outside of
+    one, and so is a convolution of up to 2**18 multiplications. If products stand in several loops,
+    as in layers written as one step, it takes two rows and the matrix may be large: a second loop
+    costs what the moved products save.
+    """
+    if remat or chunk != "auto" or method != "auto" or placement.gpu() is not None:
+        return False
+    loops = [stage.loop.program for stage in plan.stages if stage.loop is not None]
+    several = sum(any(map(multiply_adds, loop.equations)) for loop in loops) > 1
+    rows, small = (2, math.inf) if several else (128, 1 << 13)
+    if any(map(is_heavy, plan.invariant.equations)):
+        return False
+    for equation in filter(is_heavy, (e for s in plan.stages for e in s.program.equations)):
+        work = multiply_adds(equation)
+        fixed = [v for v in variables(equation.invars) if plan.times[v] == -1]
+        if equation.primitive is conv_general_dilated_p:
+            gains = work > 1 << 18
+        else:
+            weights = size(fixed[0]) if fixed else 0
+            gains = not work or work < rows * weights or weights > small
+        if gains:
+            return False
+    return True
+
+
+def block_length(chunk: int | str | None, remat: bool, time: int, plan: Plan | None) -> int:
+    """Timesteps per block."""
+    if isinstance(chunk, int):
+        return min(chunk, time)
+    if chunk is None:
+        return time
+    if remat:
+        return math.isqrt(time - 1) + 1 if time > 1 else 1
+    assert plan is not None
+    per_step = _bytes(v for s in plan.stages for v in s.program.outvars)
+    # The gradient's passes go over rows like the states, too: kept, their tangents, and factors of
+    # both. That counts where these are more than the passes make, as with a matrix for a state.
+    states = _bytes(plan.body.invars[plan.consts : plan.consts + plan.carry])
+    per_step += 2 * max(states - per_step, 0)
+    devices = jax.device_count()
+    per_step //= devices  # as if split over all
+    if placement.gpu() is not None:
+        # Each block costs launches, and nothing is gained by staying in the cache.
+        return _near_divisor(time, max(64, (256 << 20) // max(per_step, 1)))
+    # Measured on a CPU: one block is as fast as several or faster as long as its passes are small
+    # beside the 32 MiB above which the memory of a program is mapped anew at every call. Else a
+    # block should stay in the cache.
+    if time * per_step <= 6 << 20:
+        return time
+    least = 4 if devices == 1 else 8  # with several, each block costs a reduction
+    return _near_divisor(time, max(least, (2 << 20) // per_step))
+
+
+def _bytes(atoms: Iterable[Atom]) -> int:
+    return sum(map(size_in_bytes, variables(atoms)))
+
+
+def _near_divisor(time: int, target: int) -> int:
+    """A number of about `target` that divides `time`, else `target` or less."""
+    if time <= target:
+        return time
+    divisors = [n for n in range(max(target // 2, 1), 2 * target + 1) if time % n == 0]
+    return min(divisors, key=lambda n: abs(math.log(n / target)), default=target)

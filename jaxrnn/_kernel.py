@@ -1,0 +1,294 @@
+"""What fits into a kernel: a recurrence written so that a GPU can hold all of it, or why not.
+
+A kernel runs all steps of a recurrence by itself, for a few samples, with the weights on the chip.
+Its compiler knows products of two matrices, work on each element, sums and maxima over features,
+and sizes that are powers of two; it cannot cut an array in pieces. So a product that is split into
+gates becomes a product per gate, with a part of the weights each, and what is split after
+elementwise work is split before it. What does not depend on time is made outside.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+
+from jaxrnn._columns import MisfitError, in_columns
+from jaxrnn._jaxpr import (
+    Atom,
+    Equation,
+    Literal,
+    Program,
+    Var,
+    calls,
+    dependents,
+    dtype,
+    inline,
+    shape,
+    size_in_bytes,
+    trace,
+    variables,
+    without_rule,
+)
+from jaxrnn._primitives import (
+    IN_KERNELS,
+    broadcast_in_dim_p,
+    convert_element_type_p,
+    dot_general_p,
+    reduce_max_p,
+    reduce_sum_p,
+    reshape_p,
+    slice_p,
+    squeeze_p,
+)
+
+Array = jax.Array
+
+# Samples per kernel: the least number of rows that the matrix units multiply.
+SAMPLES = 16
+
+# Measured on an H100, whose multiprocessors hold 227 KiB each, some of it for what is in flight.
+MAX_WEIGHTS = 192 << 10
+MAX_WIDTH = 256
+
+_KNOWN = IN_KERNELS | {
+    broadcast_in_dim_p,
+    convert_element_type_p,
+    dot_general_p,
+    reduce_max_p,
+    reduce_sum_p,
+    reshape_p,
+    squeeze_p,
+}
+_DTYPES = ("float32", "bfloat16", "float16", "int32", "bool")
+
+
+class Kernel:
+    """A recurrence that fits.
+
+    Attributes:
+        program: one step, `(consts, carry, x) -> (carry, y)`.
+        consts: number of its consts.
+        carry: number of its carries.
+        batch: number of samples.
+        batched: the variables whose first axis is that of the samples.
+    """
+
+    def __init__(self, program: Program, consts: int, carry: int):
+        self.program, self.consts, self.carry = program, consts, carry
+        self.batch, self.batched = _samples(program, consts, carry)
+        _check_sizes(program, self.batched)
+
+    @functools.cache  # noqa: B019  a kernel lives as long as what was traced with it
+    def transposed(self, linear: frozenset[int]) -> "Recipe":
+        """The same recurrence backwards, for a program that is linear in its carry and some xs.
+
+        Args:
+            linear: which of the xs.
+
+        Returns:
+            `(consts; cotangents of the new carry; the other xs, cotangents of ys) ->
+            (cotangents of the old carry; cotangents of the linear xs)`.
+        """
+        program, n = self.program, self.consts
+        inputs = [v.aval for v in program.invars]
+        old, rows = inputs[n : n + self.carry], inputs[n + self.carry :]
+        moved = [i for i in range(len(rows)) if i in linear]
+        known = [i for i in range(len(rows)) if i not in linear]
+
+        def backwards(*args: Array) -> list[Array]:
+            consts, values = args[:n], args[n + self.carry :][: len(known)]
+            cotangents = [*args[n : n + self.carry], *args[n + self.carry + len(known) :]]
+
+            def step(carry: list[Array], xs: list[Array]) -> list[Array]:
+                given = dict(zip([*known, *moved], [*values, *xs], strict=True))
+                return program.run(*consts, *carry, *(given[i] for i in range(len(rows))))
+
+            transpose = jax.linear_transpose(step, _structs(old), _structs(rows[i] for i in moved))
+            return jax.tree.leaves(transpose(cotangents))
+
+        outs = [v.aval for v in program.outvars]
+        example = [
+            *inputs[:n],
+            *outs[: self.carry],
+            *(rows[i] for i in known),
+            *outs[self.carry :],
+        ]
+        traced = trace(backwards, *example)
+        if traced.consts:
+            raise MisfitError("its transpose closes over an array")
+        return recipe(traced.program, n, self.carry)
+
+
+class Recipe(NamedTuple):
+    """How to call a kernel in place of a recurrence.
+
+    Attributes:
+        kernel: what to call.
+        invariant: makes the kernel's consts of the recurrence's.
+        columns: for each of the kernel's xs which of the recurrence's it is, and which columns.
+    """
+
+    kernel: Kernel
+    invariant: Program
+    columns: tuple[tuple[int, tuple[int, int] | None], ...]
+
+    def rows(self, xs: Sequence[Array]) -> list[Array]:
+        """The kernel's xs."""
+        return [
+            xs[i] if cut is None else lax.slice_in_dim(xs[i], *cut, axis=-1)
+            for i, cut in self.columns
+        ]
+
+
+def recipe(program: Program, consts: int, carry: int) -> Recipe:
+    """How to run a recurrence as a kernel.
+
+    Args:
+        program: one step, `(consts, carry, x) -> (carry, y)`.
+        consts: number of consts.
+        carry: number of carries.
+
+    Raises:
+        MisfitError: if it can't be.
+    """
+    while any(map(calls, program.equations)):
+        traced = trace(
+            functools.partial(inline, program, apply=without_rule),
+            *(v.aval for v in program.invars),
+        )
+        if traced.consts:
+            raise MisfitError("a function that it calls closes over an array")
+        program = traced.program
+    traced = trace(functools.partial(in_columns, program), *(v.aval for v in program.invars))
+    program = traced.program
+    if traced.consts:
+        raise MisfitError("it closes over an array")
+    return _without_fixed(program, consts, carry)
+
+
+def _without_fixed(program: Program, consts: int, carry: int) -> Recipe:
+    """Moves out of a step what it makes of consts alone, and the columns taken of its xs."""
+    old, xs = program.invars[consts : consts + carry], program.invars[consts + carry :]
+    moving = dependents(program, [*old, *xs])
+    if any(isinstance(v, Literal) or v not in moving for v in program.outvars):
+        raise MisfitError("a result of a step depends on neither its state nor its inputs")
+    taken: dict[Var, tuple[int, tuple[int, int] | None]] = {v: (i, None) for i, v in enumerate(xs)}
+    wanted, inner, fixed = set(variables(program.outvars)), [], []
+    for equation in reversed(program.equations):
+        [*operands] = variables(equation.invars)
+        if not wanted.intersection(equation.outvars):
+            continue
+        if equation.outvars[0] not in moving:
+            fixed.append(equation)
+        elif equation.primitive is slice_p and operands[0] in xs:
+            start, stop = (equation.params[k][-1] for k in ("start_indices", "limit_indices"))
+            taken[equation.outvars[0]] = (xs.index(operands[0]), (start, stop))
+            continue
+        else:
+            inner.append(equation)
+        wanted.update(operands)
+    rows = [v for v in taken if v in wanted]
+    made = [*program.invars[:consts], *(v for e in reversed(fixed) for v in e.outvars)]
+    read_inside = set(variables(a for e in inner for a in e.invars))
+    given = [v for v in made if v in read_inside]
+    step = program.cut([*given, *old, *rows], program.outvars, reversed(inner))
+    return Recipe(
+        Kernel(step, len(given), carry),
+        program.cut(program.invars[:consts], given, reversed(fixed)),
+        tuple(taken[v] for v in rows),
+    )
+
+
+def _samples(program: Program, consts: int, carry: int) -> tuple[int, frozenset[Var]]:
+    """The number of samples, and the variables whose first axis is theirs."""
+    carries = program.invars[consts : consts + carry]
+    if not carries or any(not shape(v) for v in carries):
+        raise MisfitError("a state has no axis of samples")
+    for equation in program.equations:
+        if equation.primitive not in _KNOWN:
+            raise MisfitError(f"there is no '{equation.primitive}' in a kernel")
+    batch = shape(carries[0])[0]
+    batched: dict[Var, bool] = {}
+
+    def settle(v: Atom, yes: bool) -> None:
+        if isinstance(v, Literal):
+            return
+        if batched.setdefault(v, yes) != yes or (yes and shape(v)[:1] != (batch,)):
+            raise MisfitError(f"an array {list(shape(v))} mixes samples or is shared by them")
+
+    for v in (*carries, *program.outvars):
+        settle(v, True)
+    count = -1
+    while count != len(batched):
+        count = len(batched)
+        for equation in (*program.equations, *reversed(program.equations)):
+            _spread(equation, batched, batch, settle)
+    return batch, frozenset(v for v, yes in batched.items() if yes)
+
+
+def _spread(
+    equation: Equation, batched: dict[Var, bool], batch: int, settle: Callable[[Atom, bool], None]
+) -> None:
+    """Says of the variables of an equation what follows from the others of it."""
+    [out], operands = equation.outvars, equation.invars
+    if equation.primitive is broadcast_in_dim_p and not _same_rows(equation, operands[0]):
+        settle(out, shape(out)[:1] == (batch,))
+    alike: list[Atom] = [out]
+    for atom in operands:
+        if _same_rows(equation, atom):
+            alike.append(atom)
+        else:
+            settle(atom, False)
+    said = [batched[v] for v in variables(alike) if v in batched]
+    for v in alike if said else ():
+        settle(v, said[0])
+
+
+def _same_rows(equation: Equation, operand: Atom) -> bool:
+    """Whether each row of the result comes from the same row of `operand`."""
+    [out], params = equation.outvars, equation.params
+    if equation.primitive is dot_general_p:
+        return operand is equation.invars[0]
+    if equation.primitive in (reduce_sum_p, reduce_max_p):
+        return 0 not in params["axes"]
+    if equation.primitive is broadcast_in_dim_p and params["broadcast_dimensions"][:1] != (0,):
+        return False
+    return shape(operand)[:1] == shape(out)[:1] != ()
+
+
+def _check_sizes(program: Program, batched: frozenset[Var]) -> None:
+    weights: dict[Var, int] = {}
+    everything = {*program.invars, *(v for e in program.equations for v in e.outvars)}
+    for v in everything:
+        features = shape(v)[1:] if v in batched else shape(v)
+        if str(dtype(v)) not in _DTYPES:
+            raise MisfitError(f"an array {list(shape(v))} has dtype {dtype(v)}")
+        if len(features) > 2 or any(n & (n - 1) or n == 0 for n in features):
+            raise MisfitError(f"the sizes of an array {list(shape(v))} are no powers of two")
+    for equation in program.equations:
+        if equation.primitive is dot_general_p:
+            matrix = equation.invars[1]
+            if (
+                not isinstance(matrix, Var)
+                or matrix not in program.invars
+                or min(shape(matrix)) < 16
+            ):
+                raise MisfitError(
+                    f"a product with a matrix {list(shape(matrix))}, which must be the same at all "
+                    "steps, and at least 16 wide and high"
+                )
+            weights[matrix] = size_in_bytes(matrix)
+        elif max(shape(equation.outvars[0])[1:], default=0) > MAX_WIDTH:
+            raise MisfitError(
+                f"a state of {shape(equation.outvars[0])[-1]} units; {MAX_WIDTH} at most"
+            )
+    if sum(weights.values()) > MAX_WEIGHTS:
+        raise MisfitError(
+            f"the weights take {sum(weights.values()) >> 10} KiB; {MAX_WEIGHTS >> 10} at most"
+        )
+
+
+def _structs(avals: Any) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]

@@ -1,0 +1,153 @@
+"""What is known of JAX's primitives: which are products, which are elementwise, and the like."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+from jax.extend.core import Primitive
+from jax.extend.core import primitives as p
+
+add_p = p.add_p
+add_any_p = p.add_jaxvals_p
+broadcast_in_dim_p = p.broadcast_in_dim_p
+concatenate_p = p.concatenate_p
+conv_general_dilated_p = p.conv_general_dilated_p
+convert_element_type_p = p.convert_element_type_p
+dot_general_p = p.dot_general_p
+reduce_max_p = p.reduce_max_p
+reduce_sum_p = p.reduce_sum_p
+reshape_p = p.reshape_p
+slice_p = p.slice_p
+squeeze_p = p.squeeze_p
+stop_gradient_p = p.stop_gradient_p
+
+INLINED = frozenset({p.jit_p, p.closed_call_p})
+LISTED = frozenset(value for name, value in vars(p).items() if name.endswith("_p"))
+RANDOM = frozenset(
+    {p.random_bits_p, p.random_fold_in_p, p.random_gamma_p, p.random_split_p, p.threefry2x32_p}
+)
+PINNED = frozenset({p.cond_p, p.while_p, p.rng_bit_generator_p, p.rng_uniform_p, p.custom_lin_p})
+OWN_RULES = frozenset({p.custom_jvp_call_p, p.custom_vjp_call_p})
+PRODUCTS = frozenset({p.dot_general_p, p.conv_general_dilated_p})
+HEAVY = PRODUCTS | frozenset(
+    {
+        p.gather_p,
+        p.scan_p,
+        p.cholesky_p,
+        p.triangular_solve_p,
+        p.lu_p,
+        p.qr_p,
+        p.svd_p,
+        p.eigh_p,
+        p.eig_p,
+        p.fft_p,
+    }
+)
+FREE = frozenset(
+    {
+        p.broadcast_in_dim_p,
+        p.concatenate_p,
+        p.convert_element_type_p,
+        p.copy_p,
+        p.iota_p,
+        p.reshape_p,
+        p.slice_p,
+        p.squeeze_p,
+        p.stop_gradient_p,
+        p.transpose_p,
+    }
+)
+ELEMENTWISE = frozenset(
+    {
+        p.add_p,
+        p.add_jaxvals_p,
+        p.clamp_p,
+        p.cos_p,
+        p.div_p,
+        p.erf_p,
+        p.exp_p,
+        p.integer_pow_p,
+        p.logistic_p,
+        p.max_p,
+        p.min_p,
+        p.mul_p,
+        p.neg_p,
+        p.sin_p,
+        p.sub_p,
+        p.tanh_p,
+    }
+)
+SLOPE_BY_OUTPUT: dict[Any, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    p.exp_p: lambda y, dx: dx * y,
+    p.logistic_p: lambda y, dx: dx * y * (1 - y),
+    p.tanh_p: lambda y, dx: (dx + dx * y) * (1 - y),
+}
+LINEAR = frozenset(
+    {
+        p.add_p,
+        p.add_jaxvals_p,
+        p.broadcast_in_dim_p,
+        p.concatenate_p,
+        p.convert_element_type_p,
+        p.copy_p,
+        p.neg_p,
+        p.pad_p,
+        p.reduce_sum_p,
+        p.reshape_p,
+        p.rev_p,
+        p.select_n_p,
+        p.slice_p,
+        p.squeeze_p,
+        p.sub_p,
+        p.transpose_p,
+    }
+)
+SMOOTH = (ELEMENTWISE | FREE | LINEAR | PRODUCTS) - {p.div_p, p.exp_p, p.integer_pow_p}
+
+
+# What the compiler of kernels knows, on each element by itself.
+IN_KERNELS = (
+    ELEMENTWISE - {p.erf_p}
+    | {
+        p.abs_p,
+        p.and_p,
+        p.copy_p,
+        p.eq_p,
+        p.exp2_p,
+        p.expm1_p,
+        p.ge_p,
+        p.gt_p,
+        p.is_finite_p,
+        p.le_p,
+        p.log1p_p,
+        p.log_p,
+        p.lt_p,
+        p.ne_p,
+        p.not_p,
+        p.or_p,
+        p.pow_p,
+        p.rsqrt_p,
+        p.select_n_p,
+        p.sign_p,
+        p.sqrt_p,
+        p.square_p,
+        p.stop_gradient_p,
+    }
+    | ({p.one_minus_square_p} if hasattr(p, "one_minus_square_p") else set())
+)
+
+
+def new_primitive(name: str) -> Any:
+    """A primitive with any number of results and no rules yet."""
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    return primitive
+
+
+@functools.cache
+def split_p() -> Any:
+    """The primitive of `lax.split`, which `jax.extend` does not list."""
+    x = jax.ShapeDtypeStruct((2,), "float32")
+    return jax.make_jaxpr(lambda x: lax.split(x, (1, 1)))(x).jaxpr.eqns[0].primitive

@@ -1,0 +1,466 @@
+"""A recurrence as one kernel: right in every form that fits, refused with the reason where not.
+
+Kernels run on GPUs. Here Pallas interprets them, operation by operation as they were written for
+the GPU; and where there is none the same primitive is a plain loop.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_same
+from jax import lax
+from jax.interpreters import mlir
+from structure import DOT, SCAN, count, equations
+
+import jaxrnn
+from jaxrnn import _fused, _placement
+
+TIME, UNITS, FEATURES = 5, 16, 8
+
+
+def draw(*shape, seed=0, scale=0.4):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape) * scale, jnp.float32)
+
+
+def matrix(gates=1, rows=UNITS, seed=1):
+    return draw(rows, gates * UNITS, seed=seed, scale=0.3)
+
+
+def lowered_as(function):
+    """From now on, what a fused recurrence computes is computed by `function`."""
+    jax.clear_caches()
+    mlir.register_lowering(_fused._fused_p, mlir.lower_fun(function, multiple_results=True))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _interpreted():
+    lowered_as(functools.partial(_fused._as_kernel, interpret=True))
+    yield
+    lowered_as(_fused._as_scan)
+
+
+@pytest.fixture
+def as_a_loop():
+    lowered_as(_fused._as_scan)
+    yield
+    lowered_as(functools.partial(_fused._as_kernel, interpret=True))
+
+
+def lstm(split):
+    def make(p):
+        def body(carry, x):
+            h, c = carry
+            i, f, g, o = split(p, x, h)
+            c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+            h = jax.nn.sigmoid(o) * jnp.tanh(c)
+            return (h, c), h
+
+        return body
+
+    return make
+
+
+def activated_before_the_split(p):
+    def body(carry, x):
+        h, c = carry
+        z = jnp.tanh(x @ p["w"] + h @ p["u"] + p["b"])
+        i, f, g, o = jnp.split(z, 4, axis=-1)
+        c = (f + 1) * c + (i + 1) * g
+        h = (o + 1) * jnp.tanh(c) * 0.3
+        return (h, c), h
+
+    return body
+
+
+def gru(p):
+    def body(h, x):
+        xz, xr, xh = jnp.split(x @ p["w"] + p["b"], 3, axis=-1)
+        hz, hr, hh = jnp.split(h @ p["u"], 3, axis=-1)
+        z = jax.nn.sigmoid(xz + hz)
+        h = z * h + (1 - z) * jnp.tanh(xh + jax.nn.sigmoid(xr + hr) * hh)
+        return h, h
+
+    return body
+
+
+def elman(make_new):
+    def make(p):
+        def body(h, x):
+            h = make_new(p, x @ p["w"] + p["b"], h)
+            return h, h
+
+        return body
+
+    return make
+
+
+def normalised(z):
+    z = z - z.mean(-1, keepdims=True)
+    return z * lax.rsqrt((z * z).mean(-1, keepdims=True) + 1e-3)
+
+
+def masked(p):
+    def body(h, x):
+        x, keep = x[:, :-1], x[:, -1] > 0
+        new = jnp.tanh(x @ p["w"][:-1] + h @ p["u"])
+        h = jnp.where(keep[:, None], new, h)
+        return h, jnp.where(keep[:, None], new, 0)
+
+    return body
+
+
+def readout(p):
+    def body(h, x):
+        h = jnp.tanh(x @ p["w"] + jnp.tanh(h @ p["u"]) @ p["v"])
+        return h, (h @ p["v"], h)
+
+    return body
+
+
+def with_a_constant_per_sample(p):
+    def body(h, x):
+        h = jnp.tanh(x @ p["w"] + (h * p["drop"]) @ p["u"])
+        return h, h
+
+    return body
+
+
+def transposed_weights(p):
+    def body(h, x):
+        h = jnp.tanh(x @ p["w"] + h @ p["u"].T)
+        return h, h
+
+    return body
+
+
+def sliced(p):
+    def body(h, x):
+        z = x @ p["w"] + h @ p["u"]
+        h = jnp.tanh(z[:, :UNITS]) * jax.nn.sigmoid(z[:, UNITS:])
+        return h, h
+
+    return body
+
+
+# Name: gates, states, make(params) -> body.
+FORMS = {
+    "lstm": (
+        4, 2, lstm(lambda p, x, h: jnp.split(x @ p["w"] + h @ p["u"] + p["b"], 4, axis=-1))
+    ),
+    "lstm of four matmuls": (
+        4, 2,
+        lstm(lambda p, x, h: [
+            x @ w + h @ u
+            for w, u in zip(jnp.split(p["w"], 4, -1), jnp.split(p["u"], 4, -1), strict=True)
+        ]),
+    ),
+    "lstm over both side by side": (
+        4, 2,
+        lstm(lambda p, x, h: jnp.split(
+            jnp.concatenate([x, h], -1) @ jnp.concatenate([p["w"], p["u"]]), 4, axis=-1
+        )),
+    ),
+    "activated before the split": (4, 2, activated_before_the_split),
+    "gru": (3, 1, gru),
+    "tanh": (1, 1, elman(lambda p, z, h: jnp.tanh(z + h @ p["u"]))),
+    "custom_jvp": (1, 1, elman(lambda p, z, h: jax.nn.relu(z + h @ p["u"]) * 0.5)),
+    "softmax": (1, 1, elman(lambda p, z, h: jax.nn.softmax(z + h @ p["u"]))),
+    "layer norm": (1, 1, elman(lambda p, z, h: jnp.tanh(normalised(z + h @ p["u"]) * p["b"]))),
+    "no product in the loop": (1, 1, elman(lambda p, z, h: jax.nn.sigmoid(z) * h + p["b"])),
+    "masked": (1, 1, masked),
+    "two products": (1, 1, readout),
+    "a constant per sample": (1, 1, with_a_constant_per_sample),
+    "transposed weights": (1, 1, transposed_weights),
+    "slices": (2, 1, sliced),
+}  # fmt: skip
+
+
+def operands(form, batch=3):
+    gates, states, make = FORMS[form]
+    p = {
+        "w": matrix(gates, FEATURES),
+        "u": matrix(gates, seed=2),
+        "v": matrix(seed=3),
+        "b": draw(gates * UNITS, seed=4),
+        "drop": (draw(batch, UNITS, seed=5) > 0) * 2.0,
+    }
+    init = [draw(batch, UNITS, seed=6 + i) for i in range(states)]
+    return make, p, tuple(init) if states > 1 else init[0], draw(TIME, batch, FEATURES, seed=9)
+
+
+def scalar_of(tree):
+    return sum(jnp.sum(jnp.sin(leaf * (1 + i))) for i, leaf in enumerate(jax.tree.leaves(tree)))
+
+
+def loss(make, scan, p, init, xs):
+    return scalar_of(scan(make(p), init, xs))
+
+
+FUSED = functools.partial(jaxrnn.scan, method="fused")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_values_and_gradients(form):
+    make, *arguments = operands(form)
+
+    def everything(scan):
+        run = lambda p, init, xs: scan(make(p), init, xs)  # noqa: E731
+        gradient = jax.value_and_grad(functools.partial(loss, make, scan), (0, 1, 2))
+        return run(*arguments), gradient(*arguments)
+
+    assert_same(everything(FUSED), everything(lax.scan), scale=10)
+
+
+@pytest.mark.parametrize(
+    ("batch", "options"),
+    [
+        (20, {"reverse": True}),
+        (20, {"chunk": 2}),
+        (1, {"chunk": 2, "reverse": True}),
+        (1, {"remat": True}),
+        (1, {"unroll": 2}),
+    ],
+    ids=str,
+)
+def test_options_and_numbers_of_samples(options, batch):
+    make, *arguments = operands("lstm", batch)
+    plain = functools.partial(lax.scan, reverse=options.get("reverse", False))
+    actual, expected = (
+        jax.value_and_grad(functools.partial(loss, make, scan), (0, 1, 2))(*arguments)
+        for scan in (functools.partial(FUSED, **options), plain)
+    )
+    assert_same(actual, expected, scale=10)
+
+
+def test_without_such_a_gpu_it_is_a_loop(as_a_loop):
+    test_values_and_gradients("lstm")
+    test_transformations("vmap of grad over weights")
+
+
+def _ensemble(f, p):
+    return jax.tree.map(lambda leaf: jnp.stack([leaf, leaf * 0.5, leaf + 0.1]), p)
+
+
+TRANSFORMATIONS = {
+    "vmap of grad over weights": lambda f, p, h, x: jax.vmap(jax.grad(f), (0, None, None))(
+        _ensemble(f, p), h, x
+    ),
+    "grad of vmap over weights": lambda f, p, h, x: jax.grad(
+        lambda q: jax.vmap(f, (0, None, None))(q, h, x).sum()
+    )(_ensemble(f, p)),
+    "grad of vmap over inputs": lambda f, p, h, x: jax.grad(
+        lambda p: jax.vmap(f, (None, None, 0))(p, h, jnp.stack([x, x + 1])).sum()
+    )(p),
+    "vmap of vmap": lambda f, p, h, x: jax.vmap(
+        lambda q: jax.vmap(jax.grad(f), (None, None, 0))(q, h, jnp.stack([x, x + 1]))
+    )(_ensemble(f, p)),
+    "jvp": lambda f, *args: jax.jvp(f, args, jax.tree.map(jnp.cos, args)),
+    "forward over reverse": lambda f, *args: jax.jvp(
+        jax.grad(f), args, jax.tree.map(jnp.cos, args)
+    ),
+    "reverse over reverse": lambda f, p, h, x: jax.grad(lambda p: scalar_of(jax.grad(f)(p, h, x)))(
+        p
+    ),
+    "jacobian": lambda f, p, h, x: jax.jacrev(lambda h: f(p, h, x) * h)(h),
+    "checkpoint": lambda f, *args: jax.grad(jax.checkpoint(f), (0, 1, 2))(*args),
+    "of inputs alone": lambda f, *args: jax.grad(f, 2)(*args),
+    "of one of the weights": lambda f, p, h, x: jax.grad(lambda u: f(p | {"u": u}, h, x))(p["u"]),
+}
+
+
+@pytest.mark.parametrize("transformation", TRANSFORMATIONS)
+def test_transformations(transformation):
+    make, *arguments = operands("gru")
+    actual, expected = (
+        TRANSFORMATIONS[transformation](functools.partial(loss, make, scan), *arguments)
+        for scan in (FUSED, lax.scan)
+    )
+    assert_same(actual, expected, scale=20)
+
+
+def test_rnn_with_masks_resets_and_padding_of_nan():
+    cell = jaxrnn.cells.lstm(UNITS)
+    params = cell.init(jax.random.key(0), FEATURES)
+    x, mask = draw(3, TIME, FEATURES), jnp.asarray(np.arange(TIME) < [[5], [2], [0]])
+    x = jnp.where(mask[..., None], x, jnp.nan)
+    reset = jnp.asarray(np.arange(TIME) == 2)[None].repeat(3, 0)
+
+    def of(params, x, method):
+        results = jaxrnn.rnn(
+            cell.step(params), x, cell.initial_states(3), mask=mask, reset=reset, method=method
+        )
+        return scalar_of(results)
+
+    actual, expected = (
+        jax.value_and_grad(of, (0, 1))(params, x, method) for method in ("fused", "lax")
+    )
+    assert_same(actual, expected, scale=10)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_floats_are_wide_between_products(dtype):
+    """What a kernel makes of them is no farther from the float32 result than `lax.scan`'s is."""
+    make, *arguments = operands("lstm")
+    arguments = jax.tree.map(lambda leaf: leaf.astype(dtype), arguments)
+    exact = lax.scan(make(wide(arguments[0])), *wide(arguments[1:]))
+    run = jax.jit(lambda scan, p, init, xs: scan(make(p), init, xs), static_argnums=0)
+    ours, plain = (run(scan, *arguments) for scan in (FUSED, lax.scan))
+    assert jax.tree.map(jnp.result_type, ours) == jax.tree.map(jnp.result_type, plain)
+    assert distance(ours, exact) <= distance(plain, exact) * 1.05
+
+
+def wide(tree):
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+
+def distance(actual, expected):
+    pairs = zip(jax.tree.leaves(wide(actual)), jax.tree.leaves(expected), strict=True)
+    return float(sum(jnp.sum((a - b) ** 2) for a, b in pairs)) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("form", "products"),
+    [
+        ("lstm", 4),
+        ("lstm over both side by side", 4),
+        ("gru", 3),
+        ("activated before the split", 4),
+    ],
+)
+def test_a_gradient_is_two_kernels_with_a_product_per_gate_and_no_cuts(form, products):
+    make, *arguments = operands(form)
+    jaxpr = jax.make_jaxpr(jax.grad(functools.partial(loss, make, FUSED), (0, 1, 2)))(*arguments)
+    kernels = [e for e, _ in equations(jaxpr.jaxpr) if e.primitive is _fused._fused_p]
+    assert len(kernels) == 2
+    assert count(jaxpr.jaxpr, SCAN) == 0
+    for kernel in kernels:
+        program = kernel.params["how"].kernel.program
+        made = [e.primitive for e in program.equations]
+        assert made.count(DOT) == products
+        assert {p.name for p in made} & {"split", "slice", "concatenate", "transpose"} == set()
+
+
+# What does not fit, and what the error says of it.
+UNFIT = {
+    "no powers of two": (
+        lambda h, x: (jnp.tanh(h @ jnp.ones((24, 24)) + x[:, :1]),) * 2,
+        (3, 24), r"an array \[3, 24\] are no powers of two",
+    ),
+    "weights": (
+        lambda h, x: (jnp.tanh(h @ jnp.ones((256, 256)) + x[:, :1]),) * 2,
+        (3, 256), "the weights take 256 KiB; 192 at most",
+    ),
+    "width": (
+        lambda h, x: (jnp.tanh(h + x[:, :1]) * (x @ jnp.ones((FEATURES, 512))),) * 2,
+        (3, 512), "a state of 512 units; 256 at most",
+    ),
+    "operation": (
+        lambda h, x: (jnp.cumsum(h, 1) * 0.1 + x @ jnp.ones((FEATURES, 16)),) * 2,
+        (3, 16), "there is no 'cumsum' in a kernel",
+    ),
+    "small product": (
+        lambda h, x: (jnp.tanh(h @ jnp.ones((8, 8)) + x),) * 2,
+        (3, 8), r"a product with a matrix \[8, 8\]",
+    ),
+    "weights that change": (
+        lambda h, x: (jnp.tanh(h @ (jnp.ones((16, 16)) * x.sum())),) * 2,
+        (4, 16), r"a product with a matrix \[16, 16\], which must be the same at all steps",
+    ),
+    "samples that meet": (
+        lambda h, x: (h - h.mean(0) + x @ jnp.ones((FEATURES, 16)),) * 2,
+        (3, 16), "mixes samples or is shared by them",
+    ),
+    "a piece of a state": (
+        lambda h, x: (jnp.concatenate([h[:, 8:], h[:, :8]], 1) + x @ jnp.ones((FEATURES, 16)),) * 2,
+        (3, 16), "concatenate|slice",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_what_fits_no_kernel_is_refused_with_the_reason(case):
+    body, shape, message = UNFIT[case]
+    xs = draw(TIME, shape[0], FEATURES)
+    with pytest.raises(
+        ValueError, match=rf"method='fused': the recurrence fits no kernel: .*(?:{message})"
+    ):
+        jaxrnn.scan(body, draw(*shape), xs, method="fused")
+
+
+def test_float64_is_refused():
+    with jax.enable_x64(True):
+        make, p, init, xs = jax.tree.map(lambda leaf: leaf, operands("tanh"))
+        p, init, xs = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (p, init, xs))
+        with pytest.raises(ValueError, match="dtype float64"):
+            FUSED(make(p), init, xs)
+
+
+def test_effects_are_refused():
+    def body(h, x):
+        jax.debug.print("{}", h[0, 0])
+        return h + x @ jnp.ones((FEATURES, UNITS)), h
+
+    with pytest.raises(ValueError, match="method='fused': the step has effects"):
+        FUSED(body, draw(3, UNITS), draw(TIME, 3, FEATURES))
+
+
+class Gpu:
+    """What the engine asks of a GPU."""
+
+    def __init__(self, compute_capability):
+        self.compute_capability = compute_capability
+
+
+@pytest.mark.parametrize(("capability", "kernels"), [("9.0", 2), ("8.0", 0)])
+def test_auto_uses_kernels_on_the_gpus_on_which_they_were_measured(
+    capability, kernels, monkeypatch
+):
+    monkeypatch.setattr(_placement, "gpu", lambda: Gpu(capability))
+    make, *arguments = operands("lstm")
+    gradient = jax.grad(functools.partial(loss, make, jaxrnn.scan), (0, 1, 2))
+    jaxpr = jax.make_jaxpr(gradient)(*arguments).jaxpr
+    assert count(jaxpr, _fused._fused_p) == kernels
+    report = jaxrnn.explain(
+        jaxrnn.cells.lstm(UNITS).step(jaxrnn.cells.lstm(UNITS).init(jax.random.key(0), FEATURES)),
+        draw(3, TIME, FEATURES),
+        [draw(3, UNITS)] * 2,
+    )
+    assert ('method "fused"' in report) == bool(kernels)
+    assert ("one kernel: recurrence" in report) == bool(kernels)
+
+
+def test_auto_on_a_gpu_runs_what_fits_no_kernel_in_an_unrolled_loop(monkeypatch):
+    monkeypatch.setattr(_placement, "gpu", lambda: Gpu("9.0"))
+
+    def body(h, x):
+        h = jnp.cumsum(jnp.tanh(x @ p["w"] + h @ p["u"]), 1)
+        return h, h
+
+    _, p, init, xs = operands("tanh")
+
+    def unrolled(function, *arguments):
+        jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+        return {e.params["unroll"] for e, _ in equations(jaxpr) if e.primitive is SCAN}
+
+    def step(x, states):
+        h, _ = body(states[0], x)
+        return h, [h]
+
+    def by_rnn(x):
+        return jaxrnn.rnn(step, x, [init], mask=jnp.ones((3, TIME), bool))
+
+    for unroll, expected in ((1, 8), (2, 2)):
+        scan = functools.partial(jaxrnn.scan, body, unroll=unroll)
+        assert unrolled(jax.grad(lambda xs, scan=scan: scalar_of(scan(init, xs))), xs) == {expected}
+    assert unrolled(by_rnn, xs.swapaxes(0, 1)) == {8}
+
+
+def test_on_several_devices_the_compiler_splits_loops_and_auto_leaves_them(monkeypatch):
+    monkeypatch.setattr(_placement, "gpu", lambda: Gpu("9.0"))
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    make, p, init, xs = operands("lstm")
+    jaxpr = jax.make_jaxpr(lambda p: jaxrnn.scan(make(p), init, xs))(p).jaxpr
+    assert count(jaxpr, _fused._fused_p) == 0
