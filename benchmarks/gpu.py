@@ -70,7 +70,8 @@ def main() -> None:
     for process in processes:
         process.start()
     rows, facts = [], {}
-    for _ in tqdm(range(len(tasks)), unit="size"):
+    progress = tqdm(range(len(tasks)), unit="size")
+    for _ in progress:
         reply = replies.get()
         if "error" in reply:
             for process in processes:
@@ -78,12 +79,23 @@ def main() -> None:
             raise SystemExit(reply["error"])
         facts = reply.pop("facts")
         rows.append(reply)
+        progress.write(_line(reply))
     for process in processes:
         process.join()
     rows.sort(key=lambda row: (row["cell"], row["dtype"], row["H"], row["B"]))
     described = machine.describe(facts["device"])
     path = results.save("gpu", quick, described, facts["versions"], {"cases": rows})
     print(f"written: {path}")
+
+
+def _line(row: dict) -> str:
+    """A size's figures, in microseconds per step."""
+    figures = (
+        f"{of['library']} {of['variant']} {of['forward']['us_per_step']:.2f}"
+        f" / {of['gradient']['us_per_step']:.2f}"
+        for of in row["candidates"]
+    )
+    return f"{row['cell']} {row['B']},{row['H']} {row['dtype']}: {', '.join(figures)}"
 
 
 def _work(tasks: list[Task], compiled: Any, turn: Any, replies: Any) -> None:
@@ -150,10 +162,11 @@ def _on_jax(task: Task) -> Iterator[tuple[tuple[str, str], Callable, Callable]]:
     """Name, `(params, inputs) -> outputs`, and how the parameters are arranged."""
     from benchmarks.workers import jaxrnn, lax_scan  # noqa: PLC0415
 
-    for library, worker in (("lax.scan", lax_scan), ("jaxrnn", jaxrnn)):
-        for variant in ("naive", "cell") if library == "jaxrnn" else ("naive",):
-            asked = (task.cell, variant, task.samples, task.width, task.dtype)
-            yield (library, variant), *worker.forward_of(*asked)
+    size = (task.samples, task.width, task.dtype)
+    yield ("lax.scan", "naive"), *lax_scan.forward_of(task.cell, "naive", *size)
+    yield ("lax.scan", "unrolled"), *lax_scan.forward_of(task.cell, "naive", *size, unroll=8)
+    for variant in ("naive", "cell"):
+        yield ("jaxrnn", variant), *jaxrnn.forward_of(task.cell, variant, *size)
     if (task.cell, task.dtype) == ("lstm", "float32"):
         yield ("jax cuDNN", "layer"), *_cudnn(task)
 

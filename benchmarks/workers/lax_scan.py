@@ -22,7 +22,7 @@ def build(cell: str, variant: str, problem: Problem) -> Candidate:
 
 
 def forward_of(
-    cell: str, variant: str, batch: int, units: int, dtype: str = "float32"
+    cell: str, variant: str, batch: int, units: int, dtype: str = "float32", unroll: int = 1
 ) -> tuple[Callable, Callable]:
     """`(params, inputs) -> outputs` of a naive step, and how weights are arranged for it."""
     naive = NAIVE[cell, variant]
@@ -35,7 +35,7 @@ def forward_of(
             return states, output
 
         states = [jnp.zeros((batch, units), dtype)] * STATES[cell]
-        _, outputs = lax.scan(body, states, jnp.swapaxes(inputs, 0, 1))
+        _, outputs = lax.scan(body, states, jnp.swapaxes(inputs, 0, 1), unroll=unroll)
         return jnp.swapaxes(outputs, 0, 1)
 
     return forward, naive.arrange
