@@ -25,7 +25,7 @@ TIME = 1024
 BATCHES = (1, 16, 64, 128)
 WIDTHS = (64, 128, 256, 512, 768, 1024)
 DTYPES = ("float32", "bfloat16")
-EFFORT = {"budget_s": 0.3, "visit_s": 0.01, "max_rounds": 9}
+EFFORT = {"budget_s": 0.3, "visit_s": 0.01, "max_rounds": 7}
 
 # Relative error of the outputs, as a norm, that a candidate may have; float32 is multiplied with
 # ten bits of mantissa, bfloat16 has seven.
@@ -51,13 +51,7 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="a few sizes")
     quick = parser.parse_args().quick
-    tasks = [
-        Task(cell, samples, width, dtype)
-        for width in (WIDTHS[:2] if quick else WIDTHS)
-        for samples in (BATCHES[1:2] if quick else BATCHES)
-        for cell in ("lstm", "gru")
-        for dtype in DTYPES
-    ]
+    tasks = _tasks(quick)
     # A process that is done gives its memory back; none takes all of it at the start.
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     spawn = multiprocessing.get_context("spawn")
@@ -86,6 +80,16 @@ def main() -> None:
     described = machine.describe(facts["device"])
     path = results.save("gpu", quick, described, facts["versions"], {"cases": rows})
     print(f"written: {path}")
+
+
+def _tasks(quick: bool) -> list[Task]:
+    return [
+        Task(cell, samples, width, dtype)
+        for width in (WIDTHS[:2] if quick else WIDTHS)
+        for samples in (BATCHES[1:2] if quick else BATCHES)
+        for cell in ("lstm", "gru")
+        for dtype in DTYPES
+    ]
 
 
 def _line(row: dict) -> str:

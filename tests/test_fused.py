@@ -13,7 +13,7 @@ import pytest
 from helpers import assert_same
 from jax import lax
 from jax.interpreters import mlir
-from structure import DOT, SCAN, count, equations
+from structure import DOT, SCAN, count, equations, loops
 
 import jaxrnn
 from jaxrnn import _fused, _placement
@@ -464,3 +464,16 @@ def test_on_several_devices_the_compiler_splits_loops_and_auto_leaves_them(monke
     make, p, init, xs = operands("lstm")
     jaxpr = jax.make_jaxpr(lambda p: jaxrnn.scan(make(p), init, xs))(p).jaxpr
     assert count(jaxpr, _fused._fused_p) == 0
+
+
+@pytest.mark.parametrize(("batch", "over"), [(1, 1), (3, 0)])
+def test_one_row_on_a_gpu_meets_the_weights_as_they_are_stored(batch, over, monkeypatch):
+    """Sums over the rows of a matrix are faster there than sums over its columns."""
+    monkeypatch.setattr(_placement, "gpu", lambda: Gpu("9.0"))
+    make, *arguments = operands("lstm", batch)
+    scan = functools.partial(jaxrnn.scan, method="sequential")
+    jaxpr = jax.make_jaxpr(jax.grad(functools.partial(loss, make, scan), (0, 1, 2)))(*arguments)
+    *_, backward = loops(jaxpr.jaxpr)
+    (product,) = (e for e, _ in equations(backward) if e.primitive is DOT)
+    (_, axes), _ = product.params["dimension_numbers"]
+    assert tuple(axes) == (over,)
