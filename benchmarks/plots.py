@@ -10,10 +10,13 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.gpu_tables import SHOWN
 from benchmarks.tables import (
+    CELLS,
     COLUMNS,
     Case,
     Result,
+    candidate,
     speed_cases,
     times_faster,
     title,
@@ -29,6 +32,13 @@ COLOURS = {
     "PyTorch": "#e07a3f",
     "jaxrnn, naive step": "#6fb3a8",
     "`jaxrnn.cells`": "#12796b",
+}
+GPU_LINES = {
+    "lax.scan": (("lax.scan", "naive"), "#7b8596"),
+    "lax.scan(unroll=8)": (("lax.scan", "unrolled"), "#c9ced6"),
+    "cuDNN, by JAX": (("jax cuDNN", "layer"), "#b48ead"),
+    "PyTorch": (("torch", "layer"), "#e07a3f"),
+    "jaxrnn, naive step": (("jaxrnn", "naive"), "#12796b"),
 }
 INK = "#2b313b"
 STYLE = {
@@ -109,6 +119,52 @@ def never_slower(result: Result, path: Path) -> None:
         ax.set_xlabel("times as fast as lax.scan (dashed: 0.95)")
         ax.legend(loc="lower right", frameon=False)
         _finish(figure, result, path)
+
+
+def gpu(result: Result, path: Path) -> None:
+    """Microseconds per step over the number of units, forward and backward."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(2, 2, figsize=(12, 7), sharex=True, sharey=True)
+        for row, cell in zip(axes, ("lstm", "gru"), strict=True):
+            for ax, dtype in zip(row, ("float32", "bfloat16"), strict=True):
+                _lines(ax, result, cell, dtype)
+                words = f"{CELLS[cell]}, {dtype}, {SHOWN} samples, forward + backward"
+                ax.set_title(words, loc="left", fontsize=11, fontweight="bold")
+            row[0].set_ylabel("microseconds per step")
+        for ax in axes[1]:
+            ax.set_xlabel("units")
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(
+            handles, labels, loc="lower center", ncols=len(labels), frameon=False,
+            bbox_to_anchor=(0.5, -0.04),
+        )  # fmt: skip
+        _finish(figure, result, path)
+
+
+def _lines(ax: Axes, result: Result, cell: str, dtype: str) -> None:
+    cases = [
+        case
+        for case in result["cases"]
+        if (case["cell"], case["dtype"], case["B"]) == (cell, dtype, SHOWN)
+    ]
+    for label, (name, colour) in GPU_LINES.items():
+        points = [
+            (case["H"], figures["gradient"]["us_per_step"])
+            for case in cases
+            if (figures := candidate(case, name)) is not None
+        ]
+        # An empty line keeps its place in the legend.
+        xs, ys = zip(*points, strict=True) if points else ((), ())
+        ax.plot(xs, ys, color=colour, label=label, marker="o", markersize=4)
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log", base=2)
+    widths = sorted({case["H"] for case in result["cases"]})
+    ax.set_xticks(widths, [str(width) for width in widths])
+    ticks = [1, 2, 4, 8, 16, 32, 64, 128]
+    ax.set_yticks(ticks, [str(tick) for tick in ticks])
+    ax.minorticks_off()
+    ax.grid(color="#e6e8ec", linewidth=0.8)
+    ax.set_axisbelow(True)
 
 
 def _finish(figure: Figure, result: Result, path: Path) -> None:

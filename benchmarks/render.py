@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import results, tables
+from benchmarks import gpu_tables, results, tables
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
@@ -55,6 +55,9 @@ def documents(root: Path = ROOT) -> dict[Path, str]:
         for number, (pair, device) in enumerate(zip(settings, devices, strict=True))
     ]
     full = [tables.in_full(*pair) for pair in settings]
+    for gpu in results.load("gpu", directory):
+        sections.append(_gpu_section(gpu))
+        full.append(gpu_tables.in_full(gpu))
     heading = "# All figures\n\nMade by `python -m benchmarks.render` from the files beside it."
     readme = root / "README.md"
     return {
@@ -85,6 +88,17 @@ def _section(pair: tuple[tables.Result, tables.Result | None], in_full: bool) ->
     return "\n\n".join(parts)
 
 
+def _gpu_section(gpu: tables.Result) -> str:
+    picture = f"benchmarks/results/gpu-{results.setting(gpu)}.png"
+    return "\n\n".join(
+        [
+            gpu_tables.section(gpu),
+            f"![Microseconds per step]({picture})",
+            f"[All figures](benchmarks/results/{TABLES}).",
+        ]
+    )
+
+
 def _between_markers(text: str, section: str) -> str:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
@@ -102,6 +116,8 @@ def _plot() -> None:
         plots.speed(peers, results.DIRECTORY / f"speed-{setting}.png")
         if never_slower is not None:
             plots.never_slower(never_slower, results.DIRECTORY / f"never_slower-{setting}.png")
+    for result in results.load("gpu"):
+        plots.gpu(result, results.DIRECTORY / f"gpu-{results.setting(result)}.png")
 
 
 if __name__ == "__main__":

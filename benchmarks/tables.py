@@ -59,7 +59,7 @@ def in_short(peers: Result, never_slower: Result | None) -> str:
 
 def in_full(peers: Result, never_slower: Result | None) -> str:
     """Every figure of one setting."""
-    parts = [f"## {title(peers)}", _versions(peers)]
+    parts = [f"## {title(peers)}", versions(peers)]
     for case in peers["cases"]:
         parts += [_case_heading(case), _case_table(case)]
     if never_slower is not None:
@@ -106,13 +106,15 @@ def size(case: Case) -> str:
     return ",".join(str(case[letter]) for letter in "BTDH")
 
 
-def _table(heading: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def table(heading: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table, its first column to the left and the others to the right."""
     heading = list(heading)
     lines = [heading, ["---"] + ["---:"] * (len(heading) - 1), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Three digits, or all of a number from 100 on."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -133,12 +135,12 @@ def _speed_table(result: Result, cell: str) -> str:
                 return None
             others = (milliseconds(kind, other) for other in COLUMNS.values())
             fastest = min(other for other in others if other is not None)
-            return f"**{_number(value)}**" if value == fastest else _number(value)
+            return f"**{number(value)}**" if value == fastest else number(value)
 
         entries = [_pair(lambda kind, name=name: shown(kind, name)) for name in COLUMNS.values()]
         return [size(case), *entries]
 
-    return _table([f"{CELLS[cell]} B,T,D,H", *COLUMNS], map(row, speed_cases(result, cell)))
+    return table([f"{CELLS[cell]} B,T,D,H", *COLUMNS], map(row, speed_cases(result, cell)))
 
 
 def _naive_table(result: Result) -> str:
@@ -155,7 +157,7 @@ def _naive_table(result: Result) -> str:
             if candidate(case, ("jaxrnn", variant)) is not None:
                 label = f"{CELLS[case['cell']]}, {words}"
                 rows.setdefault(label, []).append(_pair(ratio))
-    return _table(["B,T,D,H", *sizes], ([label, *cells] for label, cells in rows.items()))
+    return table(["B,T,D,H", *sizes], ([label, *cells] for label, cells in rows.items()))
 
 
 def _summary(result: Result) -> str:
@@ -218,7 +220,7 @@ def _remat_table(result: Result) -> str:
         if figures is None:
             return ABSENT
         gradient = figures["gradient"]
-        return f"{_mebibytes(gradient['temp_bytes'])} / {_number(gradient['median_ms'])}"
+        return f"{_mebibytes(gradient['temp_bytes'])} / {number(gradient['median_ms'])}"
 
     def against_plain(case: Case) -> list[str]:
         plain, remat = names["`lax.scan`"], names["jaxrnn, `remat=True`"]
@@ -234,11 +236,11 @@ def _remat_table(result: Result) -> str:
         for case in cases
     )
     words = "Memory and time of a naive LSTM's gradient, MiB / milliseconds:"
-    return f"{words}\n\n{_table(heading, rows)}"
+    return f"{words}\n\n{table(heading, rows)}"
 
 
 def _mebibytes(count: int | None) -> str:
-    return ABSENT if count is None else _number(count / 2**20)
+    return ABSENT if count is None else number(count / 2**20)
 
 
 def _never_slower_summary(result: Result) -> str:
@@ -256,7 +258,8 @@ def _never_slower_summary(result: Result) -> str:
     return "\n".join(lines)
 
 
-def _versions(result: Result) -> str:
+def versions(result: Result) -> str:
+    """What a result was measured with, and when."""
     machine = result["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     return (
@@ -268,7 +271,7 @@ def _versions(result: Result) -> str:
 def _case_heading(case: Case) -> str:
     words = " (rematerialisation)" if case["topic"] == "remat" else ""
     limit = case["gemm_gflops"]
-    gemm = f"; one large matmul: {_number(limit)} GFLOP/s" if limit else ""
+    gemm = f"; one large matmul: {number(limit)} GFLOP/s" if limit else ""
     return f"### {CELLS[case['cell']]} {size(case)}{words}{gemm}"
 
 
@@ -278,9 +281,9 @@ def _case_table(case: Case) -> str:
     def entries(figures: dict[str, Any]) -> list[str]:
         share, compile_s = figures["gemm_share"], figures["compile_s"]
         return [
-            _number(figures["median_ms"]),
-            _number(figures["us_per_step"]),
-            _number(figures["gflops"]),
+            number(figures["median_ms"]),
+            number(figures["us_per_step"]),
+            number(figures["gflops"]),
             ABSENT if share is None else f"{share:.0%}",
             ABSENT if compile_s is None else f"{compile_s:.2f}",
             _mebibytes(figures["temp_bytes"]),
@@ -295,14 +298,14 @@ def _case_table(case: Case) -> str:
         ]
         for figures in case["candidates"]
     )
-    return _table(heading, rows)
+    return table(heading, rows)
 
 
 def _never_slower_table(result: Result) -> str:
     def entries(figures: dict[str, Any]) -> list[str]:
         return [
             f"{figures['speedup']:.2f}" + " (same program)" * figures["same_program"],
-            f"{_number(figures['plain_ms'])} / {_number(figures['ours_ms'])}",
+            f"{number(figures['plain_ms'])} / {number(figures['ours_ms'])}",
             f"{figures['plain_compile_s']:.2f} / {figures['ours_compile_s']:.2f}",
             f"{_mebibytes(figures['plain_temp_bytes'])} / {_mebibytes(figures['ours_temp_bytes'])}",
         ]
@@ -313,4 +316,4 @@ def _never_slower_table(result: Result) -> str:
         [row["name"], row["size"], *entries(row["forward"]), *entries(row["gradient"])]
         for row in result["steps"]
     )
-    return _table(heading, rows)
+    return table(heading, rows)

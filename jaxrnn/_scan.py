@@ -70,8 +70,8 @@ def scan(
         remat: whether only the carries between blocks are kept for the backward pass and the rest
             is computed again; blocks are of about sqrt(T) steps then, unless `chunk` says else.
             A body with effects is never run again.
-        method: "auto"; "fused", on an NVIDIA GPU each recurrence as one kernel; "sequential", the
-            split body in order; "lax", plain `jax.lax.scan`.
+        method: "auto"; "fused", on an NVIDIA GPU each recurrence as one kernel (a loop elsewhere);
+            "sequential", the split body in order; "lax", plain `jax.lax.scan`.
 
     Returns:
         The last carry, and ys as a pytree of arrays `[T, ...]`.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import cases, clock, peers, problem, render, results
+from benchmarks import cases, clock, gpu_tables, peers, problem, render, results
 from benchmarks.naive import NAIVE, STATES
 from benchmarks.pool import WorkerError, workers
 from benchmarks.steps import STEPS, Draw, Size, gradient_of
@@ -301,6 +301,43 @@ def test_a_second_setting_of_a_kind_is_shown_in_short(tmp_path):
     assert ["| GRU, naive |" in section for section in sections] == [True, False, False, True]
     assert all("against the fastest JAX peer: 1.50" in section for section in sections)
     assert all("different steps" in section for section in sections)
+
+
+def test_the_table_of_a_gpu_shows_what_was_measured():
+    def figures(library, variant, forward, gradient):
+        both = {
+            kind: {"us_per_step": us, "rounds_ms": [us, 2 * us], "temp_bytes": held}
+            for kind, us, held in (("forward", forward, 3 << 20), ("gradient", gradient, None))
+        }
+        return {"library": library, "variant": variant} | both
+
+    def case(batch, **more):
+        candidates = [
+            figures("lax.scan", "naive", 8.0, 32.0),
+            figures("torch", "layer", 1.0, 16.0),
+            figures("jaxrnn", "naive", 4.0, 4.0 * batch),
+        ]
+        sizes = {"cell": "gru", "dtype": "float32", "B": batch, "T": 9, "D": 64, "H": 64}
+        return sizes | {"candidates": candidates} | more
+
+    result = {
+        "machine": MACHINE | {"device": "Accelerator X", "gpu": "Accelerator X", "driver": "1.2"},
+        "versions": {"jax": "1.0.3"},
+        "date": "2026-01-01",
+        "commit": "abc",
+        "cases": [case(16), case(1, commit="def")],
+    }
+    shown = gpu_tables.section(result)
+    assert "GPU: Accelerator X, driver 1.2, JAX 1.0.3" in shown
+    assert "| GRU, float32, H | 64 |" in shown
+    assert "| `lax.scan` | 8 / 32 |" in shown
+    assert "| PyTorch | **1** / **16** |" in shown
+    assert "cuDNN, by JAX |" not in shown
+    assert "- against `lax.scan`, float32: 2.00 (2.00) / 2.00 (0.50)" in shown
+    assert "- against PyTorch, float32: 0.25 (0.25) / 1.00 (0.25)" in shown
+    everything = gpu_tables.in_full(result)
+    assert "| GRU, float32, 1, 64 | 8 / 32 |" in everything
+    assert "1 of the 2 cases are from a run at def" in everything
 
 
 def test_a_readme_without_markers_is_an_error(tmp_path):
