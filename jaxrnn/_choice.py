@@ -11,15 +11,25 @@ from jaxrnn import _placement as placement
 from jaxrnn._block import Steps
 from jaxrnn._columns import MisfitError
 from jaxrnn._fission import Plan
-from jaxrnn._jaxpr import Atom, is_heavy, is_movable, multiply_adds, size, size_in_bytes, variables
-from jaxrnn._kernel import recipe
+from jaxrnn._jaxpr import (
+    Atom,
+    Var,
+    is_heavy,
+    is_movable,
+    multiply_adds,
+    shape,
+    size,
+    size_in_bytes,
+    variables,
+)
+from jaxrnn._kernel import SAMPLES, recipe
 from jaxrnn._primitives import conv_general_dilated_p
 
 
 def is_worthwhile(plan: Plan) -> bool:
     """Whether what can be moved is enough to pay for the passes over blocks.
 
-    Measured on a CPU: a GRU of 4 units lost, one of 16 did not.
+    Measured on a CPU: a GRU of 4 units lost, one of 16 did not. On a GPU unrolling gains by itself.
     """
     if placement.gpu() is not None:
         return True
@@ -48,6 +58,8 @@ def fits_kernel(plan: Plan, method: str) -> bool:
     if method != "fused" and not kernels_pay(method):
         return False
     loops = [stage.loop for stage in plan.stages if stage.loop is not None]
+    if method != "fused" and _blocks_of_threads(plan) > placement.gpu().core_count:
+        return False  # they would not run all at once
     try:
         for loop in loops:
             recipe(loop.program, len(loop.consts), len(loop.carry))
@@ -56,6 +68,19 @@ def fits_kernel(plan: Plan, method: str) -> bool:
             return False
         raise ValueError(f"method='fused': the recurrence fits no kernel: {error}.") from None
     return bool(loops)
+
+
+def _blocks_of_threads(plan: Plan) -> int:
+    """How many of a GPU's multiprocessors a kernel takes."""
+    return -(-_samples(plan) // SAMPLES)
+
+
+def _samples(plan: Plan) -> int:
+    return max((shape(v)[0] for v in _carries(plan) if shape(v)), default=1)
+
+
+def _carries(plan: Plan) -> tuple[Var, ...]:
+    return plan.body.invars[plan.consts : plan.consts + plan.carry]
 
 
 def steps_of(
@@ -70,12 +95,22 @@ def steps_of(
 
     A step of a loop takes a GPU less time than to start its kernels, and those of several steps are
     started at once (measured on an H100: 2 to 2.4 times as fast for 8). Its gradient keeps more
-    than a block makes, so that blocks save it no memory worth the time.
+    than a block makes, so that blocks save it no memory worth the time; unless a kernel would have
+    to fill up much that is kept, to the number of samples that it works on.
     """
     on_gpu = placement.gpu() is not None
+    whole = on_gpu and chunk == "auto"
+    if fused and time * _filled_up(plan) > 1 << 30:
+        whole = False
     if on_gpu and unroll is not True and unroll <= 1:
         unroll = max(1, min(8, 512 // len(plan.body.equations)))
-    return Steps(time, reverse, unroll, fused, on_gpu and chunk == "auto")
+    return Steps(time, reverse, unroll, fused, whole)
+
+
+def _filled_up(plan: Plan) -> int:
+    """The bytes that a kernel reads per step, which works on `SAMPLES` samples and no fewer."""
+    per_step = _bytes(v for s in plan.stages for v in s.program.outvars)
+    return per_step * _blocks_of_threads(plan) * SAMPLES // max(_samples(plan), 1)
 
 
 def only_for_gradients(plan: Plan, chunk: Any, remat: bool, method: str) -> bool:
@@ -106,7 +141,9 @@ def only_for_gradients(plan: Plan, chunk: Any, remat: bool, method: str) -> bool
     return True
 
 
-def block_length(chunk: int | str | None, remat: bool, time: int, plan: Plan | None) -> int:
+def block_length(
+    chunk: int | str | None, remat: bool, time: int, plan: Plan | None, fused: bool = False
+) -> int:
     """Timesteps per block."""
     if isinstance(chunk, int):
         return min(chunk, time)
@@ -118,12 +155,13 @@ def block_length(chunk: int | str | None, remat: bool, time: int, plan: Plan | N
     per_step = _bytes(v for s in plan.stages for v in s.program.outvars)
     # The gradient's passes go over rows like the states, too: kept, their tangents, and factors of
     # both. That counts where these are more than the passes make, as with a matrix for a state.
-    states = _bytes(plan.body.invars[plan.consts : plan.consts + plan.carry])
+    states = _bytes(_carries(plan))
     per_step += 2 * max(states - per_step, 0)
     devices = jax.device_count()
     per_step //= devices  # as if split over all
     if placement.gpu() is not None:
         # Each block costs launches, and nothing is gained by staying in the cache.
+        per_step = max(per_step, _filled_up(plan) * fused)
         return _near_divisor(time, max(64, (256 << 20) // max(per_step, 1)))
     # Measured on a CPU: one block is as fast as several or faster as long as its passes are small
     # beside the 32 MiB above which the memory of a program is mapped anew at every call. Else a

@@ -16,6 +16,7 @@ from jaxrnn._primitives import (
     broadcast_in_dim_p,
     concatenate_p,
     convert_element_type_p,
+    copy_p,
     dot_general_p,
     slice_p,
     split_p,
@@ -85,6 +86,8 @@ def in_columns(program: Program, *args: Array) -> list[Array]:
         source = next(iter(equation.invars), None)
         if None not in cuts and isinstance(source, Var):
             results = [columns(source, *cut) for cut in cuts if cut is not None]
+        elif equation.primitive is copy_p:
+            results = [read(env, equation.invars[0])]
         elif equation.primitive is dot_general_p:
             results = [_product(equation, *_product_operands(equation, env))]
         else:

@@ -83,7 +83,7 @@ def _report(
         return [
             f"plain lax.scan over {time} steps: the step has effects, or no product worth moving"
         ]
-    block = block_length(chunk, remat, time, split.plan)
+    block = block_length(chunk, remat, time, split.plan, split.fused)
     steps = steps_of(time, reverse, unroll, chunk, split.plan, split.fused)
     kept = " (rematerialised)" if remat else ""
     how = "fused" if split.fused else "sequential"

@@ -11,6 +11,7 @@ transposed step, run the other way. On anything but an NVIDIA GPU it is `lax.sca
 """
 
 import functools
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -141,7 +142,8 @@ def _launch(*operands: Array, how: _How, interpret: bool) -> list[Array]:
 
     def result(i: int, v: Any) -> jax.ShapeDtypeStruct:
         size = (kernel.batch + missing, *shape(v)[1:])
-        return jax.ShapeDtypeStruct(size if i < kernel.carry else (length, *size), dtype(v))
+        kind = jnp.int8 if dtype(v) == jnp.bool_ else dtype(v)
+        return jax.ShapeDtypeStruct(size if i < kernel.carry else (length, *size), kind)
 
     outs = pl.pallas_call(
         functools.partial(_run_kernel, how=how, pl=pl),
@@ -150,6 +152,7 @@ def _launch(*operands: Array, how: _How, interpret: bool) -> list[Array]:
         compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=1),
         interpret=interpret,
     )(*(pad(i, x) for i, x in enumerate(operands)))
+    outs = [out.astype(dtype(v)) for out, v in zip(outs, program.outvars, strict=True)]
     last, ys = outs[: kernel.carry], outs[kernel.carry :]
     return [*(x[: kernel.batch] for x in last), *(y[:, : kernel.batch] for y in ys)]
 
@@ -321,10 +324,24 @@ def _batch(operands: Sequence[Any], axes: Sequence[Any], how: _How) -> Any:
     return outs, [0] * len(outs)
 
 
+_to_scan = mlir.lower_fun(_as_scan, multiple_results=True)
+_to_kernel = mlir.lower_fun(_as_kernel, multiple_results=True)
+
+
+def _lower_to_kernel(context: Any, *operands: Any, how: _How) -> Any:
+    """A kernel, unless the program is to be exported, for which JAX wants none."""
+    if context.module_context.lowering_parameters.for_export:
+        return _to_scan(context, *operands, how=how)
+    with warnings.catch_warnings():
+        # Whoever uses jaxrnn can't do anything about it.
+        warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
+        return _to_kernel(context, *operands, how=how)
+
+
 _fused_p.def_impl(_impl)
 _fused_p.def_abstract_eval(_abstract)
 ad.primitive_jvps[_fused_p] = _jvp
 ad.primitive_transposes[_fused_p] = _transpose
 batching.primitive_batchers[_fused_p] = _batch
-mlir.register_lowering(_fused_p, mlir.lower_fun(_as_scan, multiple_results=True))
-mlir.register_lowering(_fused_p, mlir.lower_fun(_as_kernel, multiple_results=True), "cuda")
+mlir.register_lowering(_fused_p, _to_scan)
+mlir.register_lowering(_fused_p, _lower_to_kernel, "cuda")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jaxrnn._columns import MisfitError, in_columns
@@ -26,6 +27,7 @@ from jaxrnn._jaxpr import (
     dtype,
     inline,
     shape,
+    size,
     size_in_bytes,
     trace,
     variables,
@@ -39,6 +41,7 @@ from jaxrnn._primitives import (
     reduce_max_p,
     reduce_sum_p,
     reshape_p,
+    select_n_p,
     slice_p,
     squeeze_p,
 )
@@ -207,8 +210,7 @@ def _samples(program: Program, consts: int, carry: int) -> tuple[int, frozenset[
     if not carries or any(not shape(v) for v in carries):
         raise MisfitError("a state has no axis of samples")
     for equation in program.equations:
-        if equation.primitive not in _KNOWN:
-            raise MisfitError(f"there is no '{equation.primitive}' in a kernel")
+        _check_known(equation)
     batch = shape(carries[0])[0]
     batched: dict[Var, bool] = {}
 
@@ -228,13 +230,24 @@ def _samples(program: Program, consts: int, carry: int) -> tuple[int, frozenset[
     return batch, frozenset(v for v, yes in batched.items() if yes)
 
 
+def _check_known(equation: Equation) -> None:
+    """Raises the error that an operation deserves which the compiler of kernels does not know."""
+    if equation.primitive not in _KNOWN:
+        raise MisfitError(f"there is no '{equation.primitive}' in a kernel")
+    if equation.primitive is select_n_p and len(equation.invars) > len(("which", "one", "other")):
+        raise MisfitError("there is no choice among more than two in a kernel")
+    if len(equation.params.get("axes", ())) > 1:
+        raise MisfitError(f"there is no '{equation.primitive}' over several axes in a kernel")
+
+
 def _spread(
     equation: Equation, batched: dict[Var, bool], batch: int, settle: Callable[[Atom, bool], None]
 ) -> None:
     """Says of the variables of an equation what follows from the others of it."""
     [out], operands = equation.outvars, equation.invars
-    if equation.primitive is broadcast_in_dim_p and not _same_rows(equation, operands[0]):
-        settle(out, shape(out)[:1] == (batch,))
+    if not any(_same_rows(equation, atom) for atom in operands):
+        fills = equation.primitive is broadcast_in_dim_p and shape(out)[:1] == (batch,)
+        settle(out, fills)
     alike: list[Atom] = [out]
     for atom in operands:
         if _same_rows(equation, atom):
@@ -263,6 +276,8 @@ def _check_sizes(program: Program, batched: frozenset[Var]) -> None:
     everything = {*program.invars, *(v for e in program.equations for v in e.outvars)}
     for v in everything:
         features = shape(v)[1:] if v in batched else shape(v)
+        if size(v) == 0:
+            raise MisfitError(f"an array {list(shape(v))} is empty")
         if str(dtype(v)) not in _DTYPES:
             raise MisfitError(f"an array {list(shape(v))} has dtype {dtype(v)}")
         if len(features) > 2 or any(n & (n - 1) or n == 0 for n in features):
@@ -270,6 +285,8 @@ def _check_sizes(program: Program, batched: frozenset[Var]) -> None:
     for equation in program.equations:
         if equation.primitive is dot_general_p:
             matrix = equation.invars[1]
+            if not all(jnp.issubdtype(dtype(a), jnp.floating) for a in equation.invars):
+                raise MisfitError(f"a product of dtype {dtype(matrix)}")
             if (
                 not isinstance(matrix, Var)
                 or matrix not in program.invars

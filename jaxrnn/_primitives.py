@@ -15,10 +15,12 @@ broadcast_in_dim_p = p.broadcast_in_dim_p
 concatenate_p = p.concatenate_p
 conv_general_dilated_p = p.conv_general_dilated_p
 convert_element_type_p = p.convert_element_type_p
+copy_p = p.copy_p
 dot_general_p = p.dot_general_p
 reduce_max_p = p.reduce_max_p
 reduce_sum_p = p.reduce_sum_p
 reshape_p = p.reshape_p
+select_n_p = p.select_n_p
 slice_p = p.slice_p
 squeeze_p = p.squeeze_p
 stop_gradient_p = p.stop_gradient_p
@@ -113,7 +115,6 @@ IN_KERNELS = (
     | {
         p.abs_p,
         p.and_p,
-        p.copy_p,
         p.eq_p,
         p.exp2_p,
         p.expm1_p,

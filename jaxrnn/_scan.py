@@ -161,7 +161,7 @@ def scan_along(
 
         return over_blocks(run_plainly, init, xs, steps, block, remat)
 
-    block = block_length(chunk, remat, time, split.plan)
+    block = block_length(chunk, remat, time, split.plan, split.fused)
     steps = steps_of(time, reverse, unroll, chunk, split.plan, split.fused)
     if only_for_gradients(split.plan, chunk, remat, method):
         carry, ys = _run_for_gradients(split, lying, axes, steps, block)

@@ -300,6 +300,31 @@ def test_rnn_with_masks_resets_and_padding_of_nan():
     assert_same(actual, expected, scale=10)
 
 
+def test_flags_and_counters_of_samples_in_the_state():
+    _, p, h, xs = operands("tanh")
+
+    def body(carry, x):
+        h, on, n = carry
+        h = jnp.where(on[:, None], jnp.tanh(jnp.array(x) @ p["w"] + jnp.copy(h) @ p["u"]), h)
+        on = on | (h.max(1) > 0.5)
+        return (h, on, n + on), (on, n)
+
+    init = (h, jnp.asarray([True, False, False]), jnp.zeros(3, jnp.int32))
+    assert_same(FUSED(body, init, xs), lax.scan(body, init, xs))
+
+
+def test_features_as_many_as_samples_are_no_samples():
+    _, p, h, xs = operands("tanh", UNITS)
+
+    def body(h, x):
+        h = jnp.tanh(x @ p["w"] + h @ p["u"] + jnp.sum(p["v"], 0) + p["v"][0])
+        return h, h
+
+    assert_same(FUSED(body, h, xs), lax.scan(body, h, xs))
+    with pytest.raises(ValueError, match="mixes samples or is shared by them"):
+        FUSED(lambda h, x: (h * jnp.squeeze(x[:1, :1] + p["b"][None], 0)[:, None],) * 2, h, xs)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_narrow_floats_are_wide_between_products(dtype):
     """What a kernel makes of them is no farther from the float32 result than `lax.scan`'s is."""
@@ -366,8 +391,12 @@ UNFIT = {
         (3, 8), r"a product with a matrix \[8, 8\]",
     ),
     "weights that change": (
-        lambda h, x: (jnp.tanh(h @ (jnp.ones((16, 16)) * x.sum())),) * 2,
+        lambda h, x: (jnp.tanh(h @ (jnp.ones((16, 16)) * x.sum(1).sum())),) * 2,
         (4, 16), r"a product with a matrix \[16, 16\], which must be the same at all steps",
+    ),
+    "sum over several axes": (
+        lambda h, x: (jnp.tanh(h * h.sum() + x @ jnp.ones((FEATURES, 16))),) * 2,
+        (4, 16), "there is no 'reduce_sum' over several axes in a kernel",
     ),
     "samples that meet": (
         lambda h, x: (h - h.mean(0) + x @ jnp.ones((FEATURES, 16)),) * 2,
@@ -398,6 +427,12 @@ def test_float64_is_refused():
             FUSED(make(p), init, xs)
 
 
+def test_no_samples_are_refused():
+    make, *arguments = operands("tanh", 0)
+    with pytest.raises(ValueError, match="is empty"):
+        FUSED(make(arguments[0]), *arguments[1:])
+
+
 def test_effects_are_refused():
     def body(h, x):
         jax.debug.print("{}", h[0, 0])
@@ -410,23 +445,29 @@ def test_effects_are_refused():
 class Gpu:
     """What the engine asks of a GPU."""
 
+    core_count = 2
+
     def __init__(self, compute_capability):
         self.compute_capability = compute_capability
 
 
-@pytest.mark.parametrize(("capability", "kernels"), [("9.0", 2), ("8.0", 0)])
+@pytest.mark.parametrize(
+    ("capability", "batch", "kernels"),
+    [("9.0", 3, 2), ("9.0", 32, 2), ("9.0", 33, 0), ("8.0", 3, 0)],
+)
 def test_auto_uses_kernels_on_the_gpus_on_which_they_were_measured(
-    capability, kernels, monkeypatch
+    capability, batch, kernels, monkeypatch
 ):
+    """There, and if all blocks of threads run at once."""
     monkeypatch.setattr(_placement, "gpu", lambda: Gpu(capability))
-    make, *arguments = operands("lstm")
+    make, *arguments = operands("lstm", batch)
     gradient = jax.grad(functools.partial(loss, make, jaxrnn.scan), (0, 1, 2))
     jaxpr = jax.make_jaxpr(gradient)(*arguments).jaxpr
     assert count(jaxpr, _fused._fused_p) == kernels
     report = jaxrnn.explain(
         jaxrnn.cells.lstm(UNITS).step(jaxrnn.cells.lstm(UNITS).init(jax.random.key(0), FEATURES)),
-        draw(3, TIME, FEATURES),
-        [draw(3, UNITS)] * 2,
+        draw(batch, TIME, FEATURES),
+        [draw(batch, UNITS)] * 2,
     )
     assert ('method "fused"' in report) == bool(kernels)
     assert ("one kernel: recurrence" in report) == bool(kernels)
@@ -477,3 +518,27 @@ def test_one_row_on_a_gpu_meets_the_weights_as_they_are_stored(batch, over, monk
     (product,) = (e for e, _ in equations(backward) if e.primitive is DOT)
     (_, axes), _ = product.params["dimension_numbers"]
     assert tuple(axes) == (over,)
+
+
+def test_an_exported_program_holds_loops():
+    """JAX exports no kernels, as it does not promise that they run later."""
+    make, *arguments = operands("lstm")
+    run = jax.jit(lambda p, init, xs: FUSED(make(p), init, xs))
+    exported = jax.export.export(run, platforms=["cuda"])(*arguments)
+    assert "stablehlo.while" in exported.mlir_module()
+
+
+def test_a_lone_long_sample_is_not_filled_up_whole(monkeypatch):
+    """A kernel's sixteen rows for each of its one would take sixteen times the memory."""
+    monkeypatch.setattr(_placement, "gpu", lambda: Gpu("9.0"))
+    make, p, init, xs = operands("lstm", 1)
+
+    def kernels(time):
+        rows = jax.ShapeDtypeStruct((time, *xs.shape[1:]), xs.dtype)
+        gradient = jax.grad(lambda p, xs: loss(make, jaxrnn.scan, p, init, xs))
+        found = equations(jax.make_jaxpr(gradient)(p, rows).jaxpr)
+        return [e.params["how"].length for e, _ in found if e.primitive is _fused._fused_p]
+
+    short, long = 1 << 10, 1 << 20
+    assert kernels(short) == [short, short]
+    assert max(kernels(long)) < long
