@@ -40,6 +40,7 @@ from jaxrnn._jaxpr import (
     inline,
     is_elementwise,
     shape,
+    size,
     size_in_bytes,
     trace,
     variables,
@@ -244,14 +245,21 @@ class _Rewriter:
         return atom.val if isinstance(atom, Literal) else env[atom].array
 
     def _groups(self) -> dict[int, list[Equation]]:
-        """Products of one state, or of one concatenation with a state, with different weights."""
+        """Products of one state, or of one concatenation with a state, with different weights.
+
+        Not a narrow one beside wide ones: it gains little, and its columns put theirs out of line.
+        """
         groups: dict[Any, list[Equation]] = defaultdict(list)
         for equation in self.equations:
             if equation.primitive is dot_general_p and _is_matrix_product(equation):
                 lhs, rhs = equation.invars
                 if self._stage(lhs) > 0 and self._stage(rhs) == -1:
                     groups[lhs, dtype(rhs), str(equation.params)].append(equation)
-        return {id(group[0]): group for group in groups.values() if len(group) > 1}
+        alike = []
+        for group in groups.values():
+            widest = max(size(e.outvars[0]) for e in group)
+            alike.append([e for e in group if 8 * size(e.outvars[0]) >= widest])
+        return {id(group[0]): group for group in alike if len(group) > 1}
 
     def _only_sliced(self) -> dict[Var, bool]:
         """Whether a variable is only ever arranged, and no part of it more than once."""

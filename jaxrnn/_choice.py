@@ -13,7 +13,9 @@ from jaxrnn._columns import MisfitError
 from jaxrnn._fission import Plan
 from jaxrnn._jaxpr import (
     Atom,
+    Equation,
     Var,
+    is_free,
     is_heavy,
     is_movable,
     multiply_adds,
@@ -24,6 +26,9 @@ from jaxrnn._jaxpr import (
 )
 from jaxrnn._kernel import SAMPLES, recipe
 from jaxrnn._primitives import conv_general_dilated_p
+
+# Terms of a sum that takes a CPU longer than to write and read its result.
+_LONG_SUM = 64
 
 
 def is_worthwhile(plan: Plan) -> bool:
@@ -114,31 +119,67 @@ def _filled_up(plan: Plan) -> int:
 
 
 def only_for_gradients(plan: Plan, chunk: Any, remat: bool, method: str) -> bool:
-    """Whether plain `lax.scan` has the results just as soon, and only a gradient gains.
-
-    Measured on a CPU: a product of 128 rows with a small matrix is as fast in a loop as outside of
-    one, and so is a convolution of up to 2**18 multiplications. If products stand in several loops,
-    as in layers written as one step, it takes two rows and the matrix may be large: a second loop
-    costs what the moved products save.
-    """
+    """Whether plain `lax.scan` has the results just as soon, and only a gradient gains."""
     if remat or chunk != "auto" or method != "auto" or placement.gpu() is not None:
+        return False
+    if any(map(is_heavy, plan.invariant.equations)):
+        return False
+    moved = filter(is_heavy, (e for s in plan.stages for e in s.program.equations))
+    gaining = [e for e in moved if _gains(e, plan)]
+    # All else than products gains by itself: a gather is one instead of one per step.
+    return all(map(multiply_adds, gaining)) and (not gaining or _is_little(plan))
+
+
+def _gains(equation: Equation, plan: Plan) -> bool:
+    """Whether something that leaves the loop runs faster outside.
+
+    Measured on a CPU: a product of 128 rows with a small matrix is as fast in a loop, and so is a
+    convolution of up to 2**18 multiplications. Sums of 2 to 48 terms take less time than their
+    results to be written and read again; of one term and with several rows XLA is slow at them. If
+    products stand in several loops, as in layers written as one step, it takes two rows and the
+    matrix may be large: a second loop costs what the moved products save.
+    """
+    work = multiply_adds(equation)
+    if equation.primitive is conv_general_dilated_p:
+        return work > 1 << 18
+    fixed = [v for v in variables(equation.invars) if plan.times[v] == -1]
+    weights = size(fixed[0]) if fixed else 0
+    terms = _terms(equation)
+    if 1 < terms < _LONG_SUM or (terms == 1 and work == weights):
         return False
     loops = [stage.loop.program for stage in plan.stages if stage.loop is not None]
     several = sum(any(map(multiply_adds, loop.equations)) for loop in loops) > 1
     rows, small = (2, math.inf) if several else (128, 1 << 13)
-    if any(map(is_heavy, plan.invariant.equations)):
+    return not work or work < rows * weights or weights > small
+
+
+def _terms(product: Equation) -> int:
+    """How many terms each number that a product makes is the sum of."""
+    return multiply_adds(product) // max(size(product.outvars[0]), 1)
+
+
+def _is_little(plan: Plan) -> bool:
+    """Whether what leaves the loop is little beside what stays.
+
+    A tenth of the work is what can be won then, at most. Or it makes few rows for states that are
+    much larger, such as matrices: measured on a CPU, XLA then does worse at the updates of these
+    (test-time training took 2.8 times as long).
+    """
+    passes, loops = (
+        [e for p in programs for e in p.equations]
+        for programs in (
+            [stage.program for stage in plan.stages],
+            [stage.loop.program for stage in plan.stages if stage.loop is not None],
+        )
+    )
+    if any(_terms(e) == 1 for e in passes):
         return False
-    for equation in filter(is_heavy, (e for s in plan.stages for e in s.program.equations)):
-        work = multiply_adds(equation)
-        fixed = [v for v in variables(equation.invars) if plan.times[v] == -1]
-        if equation.primitive is conv_general_dilated_p:
-            gains = work > 1 << 18
-        else:
-            weights = size(fixed[0]) if fixed else 0
-            gains = not work or work < rows * weights or weights > small
-        if gains:
-            return False
-    return True
+    stays = sum(multiply_adds(e) or size(e.outvars[0]) for e in loops if not is_free(e))
+    if 10 * sum(map(multiply_adds, passes)) < stays:
+        return True
+    rows = sum(size(v) for s in plan.stages if s.loop is not None for v in s.loop.xs)
+    before_loops = not any(multiply_adds(e) for s in plan.stages[1:] for e in s.program.equations)
+    return before_loops and sum(map(size, _carries(plan))) >= 16 * rows
 
 
 def block_length(

@@ -51,6 +51,9 @@ Array = jax.Array
 # Samples per kernel: the least number of rows that the matrix units multiply.
 SAMPLES = 16
 
+# The least height and width of a matrix that they multiply with.
+SMALLEST = 16
+
 # Measured on an H100, whose multiprocessors hold 227 KiB each, some of it for what is in flight.
 MAX_WEIGHTS = 192 << 10
 MAX_WIDTH = 256
@@ -64,6 +67,7 @@ _KNOWN = IN_KERNELS | {
     reshape_p,
     squeeze_p,
 }
+_CHOICE_OF_TWO = 3  # operands
 _DTYPES = ("float32", "bfloat16", "float16", "int32", "bool")
 
 
@@ -82,8 +86,8 @@ class Kernel:
         self.program, self.consts, self.carry = program, consts, carry
         self.batch, self.batched = _samples(program, consts, carry)
         _check_sizes(program, self.batched)
+        self._transposed: dict[frozenset[int], Recipe] = {}
 
-    @functools.cache  # noqa: B019  a kernel lives as long as what was traced with it
     def transposed(self, linear: frozenset[int]) -> "Recipe":
         """The same recurrence backwards, for a program that is linear in its carry and some xs.
 
@@ -93,7 +97,15 @@ class Kernel:
         Returns:
             `(consts; cotangents of the new carry; the other xs, cotangents of ys) ->
             (cotangents of the old carry; cotangents of the linear xs)`.
+
+        Raises:
+            MisfitError: if that does not fit.
         """
+        if linear not in self._transposed:
+            self._transposed[linear] = self._transpose(linear)
+        return self._transposed[linear]
+
+    def _transpose(self, linear: frozenset[int]) -> "Recipe":
         program, n = self.program, self.consts
         inputs = [v.aval for v in program.invars]
         old, rows = inputs[n : n + self.carry], inputs[n + self.carry :]
@@ -234,7 +246,7 @@ def _check_known(equation: Equation) -> None:
     """Raises the error that an operation deserves which the compiler of kernels does not know."""
     if equation.primitive not in _KNOWN:
         raise MisfitError(f"there is no '{equation.primitive}' in a kernel")
-    if equation.primitive is select_n_p and len(equation.invars) > len(("which", "one", "other")):
+    if equation.primitive is select_n_p and len(equation.invars) > _CHOICE_OF_TWO:
         raise MisfitError("there is no choice among more than two in a kernel")
     if len(equation.params.get("axes", ())) > 1:
         raise MisfitError(f"there is no '{equation.primitive}' over several axes in a kernel")
@@ -284,18 +296,7 @@ def _check_sizes(program: Program, batched: frozenset[Var]) -> None:
             raise MisfitError(f"the sizes of an array {list(shape(v))} are no powers of two")
     for equation in program.equations:
         if equation.primitive is dot_general_p:
-            matrix = equation.invars[1]
-            if not all(jnp.issubdtype(dtype(a), jnp.floating) for a in equation.invars):
-                raise MisfitError(f"a product of dtype {dtype(matrix)}")
-            if (
-                not isinstance(matrix, Var)
-                or matrix not in program.invars
-                or min(shape(matrix)) < 16
-            ):
-                raise MisfitError(
-                    f"a product with a matrix {list(shape(matrix))}, which must be the same at all "
-                    "steps, and at least 16 wide and high"
-                )
+            matrix = _matrix(equation, program)
             weights[matrix] = size_in_bytes(matrix)
         elif max(shape(equation.outvars[0])[1:], default=0) > MAX_WIDTH:
             raise MisfitError(
@@ -305,6 +306,22 @@ def _check_sizes(program: Program, batched: frozenset[Var]) -> None:
         raise MisfitError(
             f"the weights take {sum(weights.values()) >> 10} KiB; {MAX_WEIGHTS >> 10} at most"
         )
+
+
+def _matrix(equation: Equation, program: Program) -> Var:
+    """The weights of a product that a kernel can make."""
+    rows, matrix = equation.invars
+    if dtype(rows) != dtype(matrix) or not jnp.issubdtype(dtype(rows), jnp.floating):
+        raise MisfitError(f"a product of {dtype(rows)} with {dtype(matrix)}")
+    precision = equation.params["precision"]
+    if not (precision is None or isinstance(precision, tuple)):
+        raise MisfitError(f"a product by the algorithm {precision}")
+    if not isinstance(matrix, Var) or matrix not in program.invars or min(shape(matrix)) < SMALLEST:
+        raise MisfitError(
+            f"a product with a matrix {list(shape(matrix))}, which must be the same at all steps, "
+            f"and at least {SMALLEST} wide and high"
+        )
+    return matrix
 
 
 def _structs(avals: Any) -> list[jax.ShapeDtypeStruct]:

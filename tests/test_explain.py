@@ -149,15 +149,18 @@ def test_which_gates_are_one_array():
 
 
 def test_what_comes_from_plain_lax_scan_without_a_gradient():
-    """128 rows with a small matrix, two of several layers, a small convolution."""
+    """128 rows with a small matrix, two of several layers, a small convolution, short sums.
+
+    And what is little beside the rest: a tenth of the work, or rows for a state of matrices.
+    """
 
     def layers(batch):
         def step(x, states):
-            h = jnp.tanh(x @ jnp.ones((D, H)) + states[0] @ jnp.ones((H, H)))
+            h = jnp.tanh(x @ jnp.ones((64, H)) + states[0] @ jnp.ones((H, H)))
             y = jnp.tanh(h @ jnp.ones((H, H)) + states[1] @ jnp.ones((H, H)))
             return y, [h, y]
 
-        return jaxrnn.explain(step, jnp.ones((batch, T, D)), [jnp.ones((batch, H))] * 2)
+        return jaxrnn.explain(step, jnp.ones((batch, T, 64)), [jnp.ones((batch, H))] * 2)
 
     def convolution(places):
         dimensions = ("NWC", "WIO", "NWC")
@@ -173,19 +176,31 @@ def test_what_comes_from_plain_lax_scan_without_a_gradient():
         shape = (2, T, places, D)
         return jaxrnn.explain(step, jnp.ones(shape), [jnp.ones((2, places, D))])
 
-    def report(batch, units=H, **options):
+    def report(batch, units=H, features=64, **options):
         def step(x, states):
-            h = jnp.tanh(x @ jnp.ones((D, units)) + states[0] @ jnp.ones((units, units)))
+            h = jnp.tanh(x @ jnp.ones((features, units)) + states[0] @ jnp.ones((units, units)))
             return h, [h]
 
         states = [jnp.ones((batch, units))]
-        return jaxrnn.explain(step, jnp.ones((batch, T, D)), states, **options)
+        return jaxrnn.explain(step, jnp.ones((batch, T, features)), states, **options)
+
+    def matrices(features):
+        def step(x, states):
+            row = jnp.tanh(x @ jnp.ones((features, H)))
+            state = 0.9 * states[0] + row[:, :, None] * row[:, None, :]
+            return row, [state]
+
+        return jaxrnn.explain(step, jnp.ones((B, T, features)), [jnp.ones((B, H, H))])
 
     aside = "results alone come from plain lax.scan"
     assert aside in report(128)
     assert aside not in report(127)
-    assert aside not in report(128, units=1024)
+    assert aside not in report(128, units=1024, features=256)
     assert aside not in report(128, method="sequential")
     assert (aside in layers(1), aside in layers(2)) == (False, True)
+    assert [aside in report(8, features=n) for n in (1, 2, 63, 64)] == [False, True, True, False]
+    assert [aside in report(1, 64, features=n) for n in (1, 2, 63, 64)] == [True, True, True, False]
+    assert [aside in report(8, units=n) for n in (512, 1024)] == [False, True]
+    assert aside in matrices(64)
     assert aside in convolution(places=8)
     assert aside not in convolution(places=256)

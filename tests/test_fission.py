@@ -356,7 +356,7 @@ def test_results_of_many_rows_come_from_the_plain_loop_and_gradients_do_not():
     rng = np.random.default_rng(0)
     w, u, x = (
         np.asarray(0.1 * rng.standard_normal(s), np.float32)
-        for s in [(FEATURES, 256), (256, 256), (TIME, 128, FEATURES)]
+        for s in [(64, 128), (128, 128), (TIME, 128, 64)]
     )
 
     def run(scan, w, u, x):
@@ -364,7 +364,7 @@ def test_results_of_many_rows_come_from_the_plain_loop_and_gradients_do_not():
             h = jnp.tanh(x @ w + h @ u)
             return h, h
 
-        return scan(body, jnp.zeros((x.shape[1], 256)), x)
+        return scan(body, jnp.zeros((x.shape[1], 128)), x)
 
     def gradient(scan, *operands):
         return jax.grad(lambda *o: total(run(scan, *o)), (0, 1, 2))(*operands)

@@ -125,7 +125,7 @@ def make_step(xp, output, has_constants, states_like):
     return step
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(programs())
 def test_any_program_equals_the_plain_loop(program):
     output, inputs, states, flags = program

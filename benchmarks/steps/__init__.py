@@ -24,15 +24,16 @@ class Step:
 TINY = Size(1, 100, 4, 4)
 ONE = Size(1, 512, 128, 128)
 SMALL = Size(8, 128, 32, 32)
+NARROW = Size(16, 256, 8, 64)
 MEDIUM = Size(32, 128, 64, 128)
 LARGE = Size(32, 100, 256, 512)
 
 STEPS = (
-    Step("Elman", gated.elman, (TINY, ONE, MEDIUM, LARGE)),
-    Step("LSTM", gated.lstm, (TINY, ONE, MEDIUM, LARGE)),
+    Step("Elman", gated.elman, (TINY, ONE, NARROW, MEDIUM, LARGE)),
+    Step("LSTM", gated.lstm, (TINY, ONE, NARROW, MEDIUM, LARGE)),
     Step("LSTM, four matmuls", gated.lstm_four_matmuls, (TINY, MEDIUM)),
     Step("LSTM, concatenating", gated.lstm_concatenating, (TINY, MEDIUM)),
-    Step("GRU", gated.gru, (TINY, ONE, MEDIUM, LARGE)),
+    Step("GRU", gated.gru, (TINY, ONE, NARROW, MEDIUM, LARGE)),
     Step("minGRU", other.min_gru, (MEDIUM,)),
     Step("diagonal", other.diagonal, (TINY, MEDIUM)),
     Step("diagonal, complex", other.complex_diagonal, (MEDIUM,)),
@@ -50,6 +51,7 @@ STEPS = (
     Step("LSTM over tokens", gated.embedding, (MEDIUM,)),
     Step("dropout key in state", other.dropout, (MEDIUM,)),
     Step("fast weights", other.fast_weights, (Size(8, 128, 64, 32),)),
+    Step("test-time training", other.test_time_training, (Size(16, 128, 64, 64),)),
     Step("Euler, two-layer network", other.euler, (SMALL, MEDIUM)),
-    Step("masked LSTM through rnn", gated.masked, (TINY, MEDIUM)),
+    Step("masked LSTM through rnn", gated.masked, (TINY, NARROW, MEDIUM)),
 )

@@ -187,6 +187,28 @@ def fast_weights(draw: Draw, size: Size) -> Loop:
     return loop(body, draw.weight(D, 3 * H), draw.normal(B, H, H), draw.normal(T, B, D))
 
 
+def test_time_training(draw: Draw, size: Size) -> Loop:
+    """A linear model for a state, trained at every step by the gradient of a loss on the input."""
+    B, T, D, H = size
+
+    def body(p):
+        def reconstruction(weights, key, value):
+            z = key @ weights
+            z = (z - z.mean()) / jnp.sqrt(z.var() + 1e-6)
+            return 0.5 * jnp.sum((z + key - value) ** 2)
+
+        def step(weights, x):
+            query, key, value = x @ p["Q"], x @ p["K"], x @ p["V"]
+            slope = jax.vmap(jax.grad(reconstruction))(weights, key, value)
+            weights = weights - 0.1 * slope
+            return weights, jnp.einsum("bi,bij->bj", query, weights) + query
+
+        return step
+
+    params = {name: draw.weight(D, H) for name in "QKV"}
+    return loop(body, params, draw.normal(B, H, H, scale=0.3), draw.normal(T, B, D))
+
+
 def euler(draw: Draw, size: Size) -> Loop:
     """One Euler step of a differential equation whose right side is a two-layer network."""
     B, T, D, H = size
