@@ -16,7 +16,7 @@ Array = jax.Array
 def gpu() -> Any:
     """The NVIDIA GPU that is computed on, as far as one can tell while tracing, or None."""
     chosen = jax.config.jax_default_device  # type: ignore[attr-defined]
-    device = chosen if isinstance(chosen, jax.Device) else jax.devices()[0]
+    device = chosen if isinstance(chosen, jax.Device) else jax.devices(chosen)[0]
     is_cuda = device.platform == "gpu" and "cuda" in device.client.platform_version
     return device if is_cuda else None
 

@@ -300,17 +300,56 @@ def test_rnn_with_masks_resets_and_padding_of_nan():
     assert_same(actual, expected, scale=10)
 
 
-def test_flags_and_counters_of_samples_in_the_state():
-    _, p, h, xs = operands("tanh")
-
+def flagged(p):
     def body(carry, x):
         h, on, n = carry
         h = jnp.where(on[:, None], jnp.tanh(jnp.array(x) @ p["w"] + jnp.copy(h) @ p["u"]), h)
         on = on | (h.max(1) > 0.5)
         return (h, on, n + on), (on, n)
 
+    return body
+
+
+def test_flags_and_counters_of_samples_in_the_state():
+    _, p, h, xs = operands("tanh")
     init = (h, jnp.asarray([True, False, False]), jnp.zeros(3, jnp.int32))
-    assert_same(FUSED(body, init, xs), lax.scan(body, init, xs))
+    assert_same(FUSED(flagged(p), init, xs), lax.scan(flagged(p), init, xs))
+
+
+@pytest.fixture
+def for_a_gpu(monkeypatch):
+    """Lets kernels be written for a GPU that is not there: up to what is handed to XLA."""
+    write = _fused._to_kernel
+    device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 1, "gpu")
+    axis = (jax.sharding.AxisType.Auto,)
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), axis_types=axis, abstract_device=device)
+
+    def write_for(context, *operands, how):
+        with jax.sharding.use_abstract_mesh(mesh):
+            return write(context, *operands, how=how)
+
+    monkeypatch.setattr(_fused, "_to_kernel", write_for)
+
+    def kernels(function, *arguments):
+        traced = jax.jit(function).trace(*arguments)
+        return traced.lower(lowering_platforms=("cuda",)).as_text().count("gpu.triton")
+
+    return kernels
+
+
+@pytest.mark.parametrize("form", ["lstm", "gru", "layer norm", "masked", "custom_jvp"])
+def test_the_compiler_of_kernels_takes_them(form, for_a_gpu):
+    """And warns of nothing: that JAX has deprecated it is not the user's to mend."""
+    make, *arguments = operands(form)
+    assert for_a_gpu(jax.grad(functools.partial(loss, make, FUSED), (0, 1, 2)), *arguments) == 2
+    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), arguments)
+    assert for_a_gpu(functools.partial(loss, make, FUSED), *narrow) == 1
+
+
+def test_the_compiler_of_kernels_takes_flags_and_counters(for_a_gpu):
+    _, p, h, xs = operands("tanh")
+    init = (h, jnp.asarray([True, False, False]), jnp.zeros(3, jnp.int32))
+    assert for_a_gpu(lambda init, xs: FUSED(flagged(p), init, xs), init, xs) == 1
 
 
 def test_features_as_many_as_samples_are_no_samples():
