@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxrnn import _placement as placement
 from jaxrnn._columns import MisfitError, in_columns
 from jaxrnn._jaxpr import (
     Atom,
@@ -54,8 +55,10 @@ SAMPLES = 16
 # The least height and width of a matrix that they multiply with.
 SMALLEST = 16
 
-# Measured on an H100, whose multiprocessors hold 227 KiB each, some of it for what is in flight.
-MAX_WEIGHTS = 192 << 10
+# Of what a multiprocessor holds, 227 KiB on an H100, some is for what is in flight.
+_HOLDS, _IN_FLIGHT = 227 << 10, 35 << 10
+
+# Wider was not measured.
 MAX_WIDTH = 256
 
 _KNOWN = IN_KERNELS | {
@@ -302,10 +305,14 @@ def _check_sizes(program: Program, batched: frozenset[Var]) -> None:
             raise MisfitError(
                 f"a state of {shape(equation.outvars[0])[-1]} units; {MAX_WIDTH} at most"
             )
-    if sum(weights.values()) > MAX_WEIGHTS:
-        raise MisfitError(
-            f"the weights take {sum(weights.values()) >> 10} KiB; {MAX_WEIGHTS >> 10} at most"
-        )
+    taken, most = sum(weights.values()), _max_weights()
+    if taken > most:
+        raise MisfitError(f"the weights take {taken >> 10} KiB; {most >> 10} at most")
+
+
+def _max_weights() -> int:
+    """How many bytes of weights a multiprocessor has room for; an H100's where there is no GPU."""
+    return getattr(placement.gpu(), "shared_memory_per_block_optin", _HOLDS) - _IN_FLIGHT
 
 
 def _matrix(equation: Equation, program: Program) -> Var:

@@ -458,6 +458,20 @@ def test_what_fits_no_kernel_is_refused_with_the_reason(case):
         jaxrnn.scan(body, draw(*shape), xs, method="fused")
 
 
+def test_weights_that_fit_an_h100_are_refused_for_a_smaller_gpu(monkeypatch):
+    v, w = draw(128, 128, scale=0.1), draw(128, 128, seed=1, scale=0.1)
+
+    def body(h, x):
+        h = jnp.tanh(jnp.tanh(h @ v) @ w + x[:, :1])
+        return h, h
+
+    arguments = body, draw(3, 128), draw(TIME, 3, FEATURES)
+    assert_same(FUSED(*arguments), lax.scan(*arguments))
+    monkeypatch.setattr(_placement, "gpu", lambda: Gpu("8.9"))
+    with pytest.raises(ValueError, match="the weights take 128 KiB; 64 at most"):
+        jax.make_jaxpr(FUSED, static_argnums=0)(*arguments)
+
+
 def test_float64_is_refused():
     with jax.enable_x64(True):
         make, p, init, xs = jax.tree.map(lambda leaf: leaf, operands("tanh"))
@@ -485,6 +499,7 @@ class Gpu:
     """What the engine asks of a GPU."""
 
     core_count = 2
+    shared_memory_per_block_optin = 99 << 10
 
     def __init__(self, compute_capability):
         self.compute_capability = compute_capability
