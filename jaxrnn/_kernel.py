@@ -288,8 +288,7 @@ def _same_rows(equation: Equation, operand: Atom) -> bool:
 
 def _check_sizes(program: Program, batched: frozenset[Var]) -> None:
     weights: dict[Var, int] = {}
-    everything = {*program.invars, *(v for e in program.equations for v in e.outvars)}
-    for v in everything:
+    for v in (*program.invars, *(v for e in program.equations for v in e.outvars)):
         features = shape(v)[1:] if v in batched else shape(v)
         if size(v) == 0:
             raise MisfitError(f"an array {list(shape(v))} is empty")

@@ -411,7 +411,7 @@ def test_a_gradient_is_two_kernels_with_a_product_per_gate_and_no_cuts(form, pro
 UNFIT = {
     "no powers of two": (
         lambda h, x: (jnp.tanh(h @ jnp.ones((24, 24)) + x[:, :1]),) * 2,
-        (3, 24), r"an array \[3, 24\] are no powers of two",
+        (3, 24), r"the sizes of an array \[24, 24\] are no powers of two",
     ),
     "weights": (
         lambda h, x: (jnp.tanh(h @ jnp.ones((256, 256)) + x[:, :1]),) * 2,
