@@ -4,9 +4,13 @@ import os
 
 # What is computed matters here, not how fast. Must come before JAX is imported.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# XLA's older emitters compile twice as fast; JAX versions without them ignore this.
+# XLA's older emitters compile twice as fast; JAX versions without them ignore this. Nor is there
+# anything to gain by compiling one program in parallel where tests are, or by making it fast.
 os.environ.setdefault(
-    "XLA_FLAGS", "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+    "XLA_FLAGS",
+    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+    " --xla_cpu_parallel_codegen_split_count=1"
+    " --xla_llvm_disable_expensive_passes=true",
 )
 
 import hypothesis

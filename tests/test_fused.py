@@ -207,9 +207,11 @@ def test_values_and_gradients(form):
     make, *arguments = operands(form)
 
     def everything(scan):
-        run = lambda p, init, xs: scan(make(p), init, xs)  # noqa: E731
-        gradient = jax.value_and_grad(functools.partial(loss, make, scan), (0, 1, 2))
-        return run(*arguments), gradient(*arguments)
+        def of(p, init, xs):
+            results = scan(make(p), init, xs)
+            return scalar_of(results), results
+
+        return jax.jit(jax.value_and_grad(of, (0, 1, 2), has_aux=True))(*arguments)
 
     assert_same(everything(FUSED), everything(lax.scan), scale=10)
 
@@ -229,7 +231,7 @@ def test_options_and_numbers_of_samples(options, batch):
     make, *arguments = operands("lstm", batch)
     plain = functools.partial(lax.scan, reverse=options.get("reverse", False))
     actual, expected = (
-        jax.value_and_grad(functools.partial(loss, make, scan), (0, 1, 2))(*arguments)
+        jax.jit(jax.value_and_grad(functools.partial(loss, make, scan), (0, 1, 2)))(*arguments)
         for scan in (functools.partial(FUSED, **options), plain)
     )
     assert_same(actual, expected, scale=10)
@@ -275,7 +277,9 @@ TRANSFORMATIONS = {
 def test_transformations(transformation):
     make, *arguments = operands("gru")
     actual, expected = (
-        TRANSFORMATIONS[transformation](functools.partial(loss, make, scan), *arguments)
+        jax.jit(
+            functools.partial(TRANSFORMATIONS[transformation], functools.partial(loss, make, scan))
+        )(*arguments)
         for scan in (FUSED, lax.scan)
     )
     assert_same(actual, expected, scale=20)
@@ -295,7 +299,8 @@ def test_rnn_with_masks_resets_and_padding_of_nan():
         return scalar_of(results)
 
     actual, expected = (
-        jax.value_and_grad(of, (0, 1))(params, x, method) for method in ("fused", "lax")
+        jax.jit(jax.value_and_grad(of, (0, 1)), static_argnums=2)(params, x, method)
+        for method in ("fused", "lax")
     )
     assert_same(actual, expected, scale=10)
 
