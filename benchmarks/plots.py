@@ -66,11 +66,7 @@ def speed(result: Result, path: Path) -> None:
                 _bars(ax, speed_cases(result, cell), kind)
                 ax.set_title(f"{name}, {words}", loc="left", fontsize=11, fontweight="bold")
             row[0].set_ylabel("times as fast as lax.scan")
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(
-            handles, labels, loc="lower center", ncols=len(labels), frameon=False,
-            bbox_to_anchor=(0.5, -0.04),
-        )  # fmt: skip
+        _legend_below(figure, axes[0, 0])
         _finish(figure, result, path)
 
 
@@ -133,11 +129,7 @@ def gpu(result: Result, path: Path) -> None:
             row[0].set_ylabel("microseconds per step")
         for ax in axes[1]:
             ax.set_xlabel("units")
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(
-            handles, labels, loc="lower center", ncols=len(labels), frameon=False,
-            bbox_to_anchor=(0.5, -0.04),
-        )  # fmt: skip
+        _legend_below(figure, axes[0, 0])
         _finish(figure, result, path)
 
 
@@ -165,6 +157,14 @@ def _lines(ax: Axes, result: Result, cell: str, dtype: str) -> None:
     ax.minorticks_off()
     ax.grid(color="#e6e8ec", linewidth=0.8)
     ax.set_axisbelow(True)
+
+
+def _legend_below(figure: Figure, ax: Axes) -> None:
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="lower center", ncols=len(labels), frameon=False,
+        bbox_to_anchor=(0.5, -0.04),
+    )  # fmt: skip
 
 
 def _finish(figure: Figure, result: Result, path: Path) -> None:

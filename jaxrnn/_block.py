@@ -11,7 +11,7 @@ from jaxrnn._columns import MisfitError
 from jaxrnn._fission import Loop, Plan
 from jaxrnn._fused import run_fused
 from jaxrnn._jaxpr import Atom, Literal, Program, read
-from jaxrnn._kernel import Recipe, recipe
+from jaxrnn._kernel import recipe
 from jaxrnn._passes import run_rows
 from jaxrnn._placement import empty_rows
 
@@ -37,7 +37,9 @@ class Steps(NamedTuple):
     fused: bool = False
     whole_tangent: bool = False
 
-    def scan(self, step: Callable[[PyTree, PyTree], Any], init: PyTree, xs: PyTree) -> Any:
+    def scan(
+        self, step: Callable[[PyTree, PyTree], Any], init: PyTree, xs: PyTree
+    ) -> tuple[Any, Any]:
         """`lax.scan`."""
         return lax.scan(step, init, xs, self.length, self.reverse, self.unroll)
 
@@ -140,8 +142,7 @@ def run_plain(
         outs = program.run(*consts, *carry, *x)
         return outs[: len(carry)], outs[len(carry) :]
 
-    last, ys = steps.scan(step, list(carry), list(xs))
-    return last, ys
+    return steps.scan(step, list(carry), list(xs))
 
 
 def over_blocks(
@@ -270,9 +271,8 @@ class _Writer:
         self, loop: Loop, consts: list[Array], carry: list[Array], xs: list[Array], steps: Steps
     ) -> tuple[list[Array], list[Array]]:
         """Runs a loop, each step of which writes its row; a kernel writes its own."""
-        how = _as_kernel(loop, steps)
-        if how is not None:
-            return run_fused(how, consts, carry, xs, steps.length, steps.reverse)
+        if (fused := _run_as_kernel(loop, consts, carry, xs, steps)) is not None:
+            return fused
         places = [i for i in sorted(self.missing) if self.outs[i] in loop.ys]
         others = [v for v in loop.ys if v not in self.outs]
 
@@ -309,17 +309,18 @@ def _write(whole: Array, rows: Array, start: Array) -> Array:
 def _run_loop(
     loop: Loop, consts: list[Array], carry: list[Array], xs: list[Array], steps: Steps
 ) -> tuple[list[Array], list[Array]]:
-    how = _as_kernel(loop, steps)
-    if how is not None:
-        return run_fused(how, consts, carry, xs, steps.length, steps.reverse)
-    return run_plain(loop.program, consts, carry, xs, steps)
+    fused = _run_as_kernel(loop, consts, carry, xs, steps)
+    return run_plain(loop.program, consts, carry, xs, steps) if fused is None else fused
 
 
-def _as_kernel(loop: Loop, steps: Steps) -> Recipe | None:
-    """How to run a loop as one kernel, if it is to be one and fits."""
+def _run_as_kernel(
+    loop: Loop, consts: list[Array], carry: list[Array], xs: list[Array], steps: Steps
+) -> tuple[list[Array], list[Array]] | None:
+    """Runs a loop as one kernel, if it is to be one and fits."""
     if not steps.fused:
         return None
     try:
-        return recipe(loop.program, len(loop.consts), len(loop.carry))
+        how = recipe(loop.program, len(loop.consts), len(loop.carry))
     except MisfitError:
         return None
+    return run_fused(how, consts, carry, xs, steps.length, steps.reverse)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.interpreters import ad, batching, mlir
 
-from jaxrnn._jaxpr import Atom, Literal, Var, bind, dtype, shape
+from jaxrnn._jaxpr import Atom, Literal, Var, bind, dtype, parts, shape
 from jaxrnn._kernel import SAMPLES, Kernel, Recipe
 from jaxrnn._primitives import (
     broadcast_in_dim_p,
@@ -81,8 +81,7 @@ def run_fused(
         The last carry, and ys with a row per step.
     """
     given = how.invariant.run(*consts)
-    moving = frozenset(i for i, (x, _) in enumerate(how.columns) if x in linear)
-    params = _How(how.kernel, length, reverse, moving)
+    params = _How(how.kernel, length, reverse, how.columns_of(linear))
     outs = _fused_p.bind(*given, *carry, *how.rows(xs), how=params)
     return outs[: len(carry)], outs[len(carry) :]
 
@@ -98,7 +97,7 @@ def _as_scan(*operands: Array, how: _How) -> list[Array]:
 
     def run(*operands: Array) -> list[Array]:
         kernel = how.kernel
-        consts, carry, xs = _parts(operands, kernel.consts, kernel.carry)
+        consts, carry, xs = parts(operands, kernel.consts, kernel.carry)
 
         def step(carry: list[Array], x: list[Array]) -> tuple[list[Array], list[Array]]:
             outs = kernel.program.run(*consts, *carry, *x)
@@ -114,14 +113,6 @@ def _as_kernel(*operands: Array, how: _How, interpret: bool = False) -> list[Arr
     """What the primitive computes, by a kernel."""
     run = functools.partial(_launch, how=how, interpret=interpret)
     return list(_mapped(run, how.levels)(*operands))
-
-
-def _parts(operands: Sequence[Any], *sizes: int) -> tuple[list[Any], ...]:
-    parts, start = [], 0
-    for size in sizes:
-        parts.append(list(operands[start : start + size]))
-        start += size
-    return (*parts, list(operands[start:]))
 
 
 def _launch(*operands: Array, how: _How, interpret: bool) -> list[Array]:
@@ -161,11 +152,11 @@ def _run_kernel(*refs: Any, how: _How, pl: Any) -> None:
     """The kernel: all steps for the samples of one block of threads."""
     kernel, length = how.kernel, how.length
     program, outvars = kernel.program, kernel.program.outvars
-    consts, carry, xs, last, ys = _parts(
+    consts, carry, xs, last, ys = parts(
         refs, kernel.consts, kernel.carry, len(program.invars) - kernel.consts - kernel.carry,
         kernel.carry,
     )  # fmt: skip
-    of_consts, of_carry, of_xs = _parts(program.invars, kernel.consts, kernel.carry)
+    of_consts, of_carry, of_xs = parts(program.invars, kernel.consts, kernel.carry)
     matrices = {e.invars[1] for e in program.equations if e.primitive is dot_general_p}
     samples = pl.ds(pl.program_id(0) * SAMPLES, SAMPLES)
 
@@ -277,11 +268,11 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], how: _How) -> Any:
 
 def _transpose(cotangents: Sequence[Any], *operands: Any, how: _How) -> list[Any]:
     n, m = how.kernel.consts, how.kernel.carry
-    consts, _, xs = _parts(operands, n, m)
-    last, ys = _parts(list(map(ad.instantiate_zeros, cotangents)), m)
+    consts, _, xs = parts(operands, n, m)
+    last, ys = parts(list(map(ad.instantiate_zeros, cotangents)), m)
     known = [i for i in range(len(xs)) if i not in how.linear]
     back = how.kernel.transposed(how.linear)
-    levels_of = [_parts(level, n, m) for level in how.levels]
+    levels_of = [parts(level, n, m) for level in how.levels]
 
     def mapped_consts(*consts: Array) -> list[Array]:
         return back.invariant.run(*consts)

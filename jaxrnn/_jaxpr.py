@@ -157,6 +157,15 @@ def dependents(
     return found
 
 
+def parts(values: Sequence[Any], *sizes: int) -> list[list[Any]]:
+    """`values` cut into pieces of the given sizes and a last one with what is left."""
+    found, start = [], 0
+    for size in sizes:
+        found.append(list(values[start : start + size]))
+        start += size
+    return [*found, list(values[start:])]
+
+
 def read(env: Mapping[Any, Any], atom: Atom) -> Any:
     """The value of an atom: a literal's own, a variable's in `env`."""
     return atom.val if isinstance(atom, Literal) else env[atom]

@@ -8,7 +8,7 @@ elementwise work is split before it. What does not depend on time is made outsid
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -152,6 +152,10 @@ class Recipe(NamedTuple):
     invariant: Program
     columns: tuple[tuple[int, tuple[int, int] | None], ...]
 
+    def columns_of(self, chosen: Container[int]) -> frozenset[int]:
+        """Which of the kernel's xs are taken of the `chosen` ones among the recurrence's."""
+        return frozenset(i for i, (x, _) in enumerate(self.columns) if x in chosen)
+
     def rows(self, xs: Sequence[Array]) -> list[Array]:
         """The kernel's xs."""
         return [
@@ -195,7 +199,7 @@ def _without_fixed(program: Program, consts: int, carry: int) -> Recipe:
     taken: dict[Var, tuple[int, tuple[int, int] | None]] = {v: (i, None) for i, v in enumerate(xs)}
     wanted, inner, fixed = set(variables(program.outvars)), [], []
     for equation in reversed(program.equations):
-        [*operands] = variables(equation.invars)
+        operands = variables(equation.invars)
         if not wanted.intersection(equation.outvars):
             continue
         if equation.outvars[0] not in moving:

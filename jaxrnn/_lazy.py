@@ -14,12 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from jaxrnn._jaxpr import (
-    Equation,
-    at,
-    bind,
-    shape,
-)
+from jaxrnn._jaxpr import Equation, at, bind, shape
 from jaxrnn._primitives import slice_p, split_p
 
 Array = Any

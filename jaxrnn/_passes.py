@@ -8,16 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrnn._jaxpr import (
-    Atom,
-    Equation,
-    Literal,
-    Program,
-    at,
-    bind,
-    read,
-    shape,
-)
+from jaxrnn._jaxpr import Atom, Equation, Literal, Program, at, bind, read, shape
 from jaxrnn._primitives import dot_general_p
 
 Array = jax.Array

@@ -156,8 +156,7 @@ def scan_along(
         block, steps = block_length(chunk, remat, time, None), Steps(time, reverse, unroll)
 
         def run_plainly(carry: PyTree, xs: PyTree, steps: Steps) -> tuple[PyTree, PyTree]:
-            last, ys = steps.scan(f, carry, xs)
-            return last, ys
+            return steps.scan(f, carry, xs)
 
         return over_blocks(run_plainly, init, xs, steps, block, remat)
 

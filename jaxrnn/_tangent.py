@@ -21,6 +21,7 @@ from jaxrnn._jaxpr import (
     Var,
     bind,
     dependents,
+    parts,
     read,
     slope_by_output,
     trace,
@@ -149,8 +150,7 @@ class Tangent:
                 return outs[: len(carry)], outs[len(carry) :]
 
             step = jax.checkpoint(step, prevent_cse=False)
-            last, ys = steps.scan(step, carry, [rows[i] for i in order])
-            return last, ys
+            return steps.scan(step, carry, [rows[i] for i in order])
 
         invariant = run_invariant(plan, consts)
 
@@ -180,9 +180,7 @@ class Tangent:
         moving = [i for i, v in enumerate(loop.xs) if v in linear]
         try:
             how = recipe(loop.program, len(loop.consts), len(loop.carry))
-            how.kernel.transposed(
-                frozenset(i for i, (x, _) in enumerate(how.columns) if x in moving)
-            )
+            how.kernel.transposed(how.columns_of(moving))
         except MisfitError:
             return None
         return how
@@ -207,7 +205,7 @@ class Tangent:
 
     def _step(self, *args: Array) -> list[Array]:
         """The tangents of one step's new carry and y, from everything that it may depend on."""
-        consts, t_consts, t_carry, t_xs, xs, states, values = _split(
+        consts, t_consts, t_carry, t_xs, xs, states, values = parts(
             args,
             len(self.consts),
             len(self.t_consts),
@@ -286,15 +284,6 @@ def _one_before(rows: Array, first: Array, steps: Steps) -> Array:
 
 def _as_it_is(_value: Array, tangent: Array) -> Array:
     return tangent
-
-
-def _split(values: Sequence[Any], *sizes: int) -> list[list[Any]]:
-    """`values` cut into pieces of the given sizes and a last one with what is left."""
-    parts, start = [], 0
-    for size in sizes:
-        parts.append(list(values[start : start + size]))
-        start += size
-    return [*parts, list(values[start:])]
 
 
 def only_split(program: Program) -> dict[Var, Equation]:
