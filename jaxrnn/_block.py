@@ -29,6 +29,7 @@ class Steps(NamedTuple):
         unroll: steps per iteration.
         fused: whether recurrences that fit are run as one kernel.
         whole_tangent: whether a tangent is one block where its results are several.
+        adapts: whether a tangent may be in shorter blocks than its results.
     """
 
     length: int
@@ -36,6 +37,7 @@ class Steps(NamedTuple):
     unroll: int | bool
     fused: bool = False
     whole_tangent: bool = False
+    adapts: bool = False
 
     def scan(
         self, step: Callable[[PyTree, PyTree], Any], init: PyTree, xs: PyTree

@@ -33,6 +33,7 @@ from jaxrnn._jaxpr import (
     is_free,
     is_heavy,
     is_movable,
+    is_transcendental,
     multiply_adds,
     size_in_bytes,
     variables,
@@ -93,6 +94,7 @@ def fission(
     consts: int,
     carry: int,
     accumulated: frozenset[Var] = frozenset(),
+    coefficients: bool = False,
 ) -> Plan:
     """Splits a scan body.
 
@@ -102,12 +104,15 @@ def fission(
         carry: number of carries.
         accumulated: consts whose cotangents a loop would have to add up step by step. What depends
             on them enters a loop a row per step, so that a pass over the block adds up instead.
+        coefficients: whether exponentials and the like, of what is known before a loop, leave it
+            as well unless it holds a product. Those of a tangent stand beside shifts and sums,
+            into whose transposes XLA would copy them one by one.
 
     Returns:
         The plan; its loops and passes together do the work of the body, equation by equation.
     """
     times = _times(body, consts, carry)
-    return _Cut(body, consts, carry, times, accumulated).plan()
+    return _Cut(body, consts, carry, times, accumulated, coefficients).plan()
 
 
 def carry_times(body: Program, consts: int, carry: int) -> list[int]:
@@ -224,6 +229,7 @@ class _Cut:
         carry: int,
         times: dict[Var, int],
         accumulated: frozenset[Var],
+        coefficients: bool,
     ):
         self.body, self.consts, self.carry, self.times = body, consts, carry, times
         self.carries = body.invars[consts : consts + carry]
@@ -235,6 +241,10 @@ class _Cut:
         self.cost: dict[Var, int] = {}
         self.heavy: set[Var] = set()
         self.accumulated: set[Var] = set(accumulated)
+        loops = range(1, max([*times.values(), 0]) + 1, 2)
+        self.coefficients = coefficients and not any(
+            is_heavy(e) and times[e.outvars[0]] in loops for e in body.equations
+        )
         for equation in body.equations:
             self._weigh(equation)
         # What is still wanted of what has not been cut yet: a row per step, or one value for all.
@@ -338,11 +348,12 @@ class _Cut:
         # A product of two rows, as an outer one, gains nothing by a pass.
         costly = product or (is_heavy(equation) and not is_movable(equation))
         cheap = is_free(equation) or (changes and not costly)
+        leaves = product or (self.coefficients and is_transcendental(equation))
         source = sum(self.cost.get(v, size_in_bytes(v)) for v in operands)
         for v in equation.outvars:
             size = size_in_bytes(v)
             self.cost[v] = min(size, source) if cheap else size
-            if product or any(u in self.heavy for u in operands):
+            if leaves or any(u in self.heavy for u in operands):
                 self.heavy.add(v)
             if any(u in self.accumulated for u in operands):
                 self.accumulated.add(v)

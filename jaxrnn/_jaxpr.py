@@ -28,6 +28,7 @@ from jaxrnn._primitives import (
     RANDOM,
     SLOPE_BY_OUTPUT,
     SMOOTH,
+    TRANSCENDENTAL,
     convert_element_type_p,
     dot_general_p,
     split_p,
@@ -269,6 +270,14 @@ def is_free(equation: Equation) -> bool:
 def is_elementwise(equation: Equation) -> bool:
     """Whether `equation` works on each element by itself."""
     return equation.primitive in ELEMENTWISE
+
+
+def is_transcendental(equation: Equation) -> bool:
+    """Whether `equation` is an exponential, a logarithm or the like, worth many sums or products.
+
+    A square root counts.
+    """
+    return equation.primitive in TRANSCENDENTAL
 
 
 def is_smooth(equation: Equation) -> bool:

@@ -17,6 +17,7 @@ conv_general_dilated_p = p.conv_general_dilated_p
 convert_element_type_p = p.convert_element_type_p
 copy_p = p.copy_p
 dot_general_p = p.dot_general_p
+gather_p = p.gather_p
 reduce_max_p = p.reduce_max_p
 reduce_sum_p = p.reduce_sum_p
 reshape_p = p.reshape_p
@@ -35,7 +36,7 @@ OWN_RULES = frozenset({p.custom_jvp_call_p, p.custom_vjp_call_p})
 PRODUCTS = frozenset({p.dot_general_p, p.conv_general_dilated_p})
 HEAVY = PRODUCTS | frozenset(
     {
-        p.gather_p,
+        gather_p,
         p.scan_p,
         p.cholesky_p,
         p.triangular_solve_p,
@@ -78,6 +79,31 @@ ELEMENTWISE = frozenset(
         p.neg_p,
         p.sin_p,
         p.sub_p,
+        p.tanh_p,
+    }
+)
+TRANSCENDENTAL = frozenset(
+    {
+        p.acos_p,
+        p.asin_p,
+        p.atan2_p,
+        p.cos_p,
+        p.cosh_p,
+        p.erf_inv_p,
+        p.erf_p,
+        p.erfc_p,
+        p.exp2_p,
+        p.exp_p,
+        p.expm1_p,
+        p.log1p_p,
+        p.log_p,
+        p.logistic_p,
+        p.pow_p,
+        p.rsqrt_p,
+        p.sin_p,
+        p.sinh_p,
+        p.sqrt_p,
+        p.tan_p,
         p.tanh_p,
     }
 )

@@ -49,7 +49,7 @@ from jaxrnn._jaxpr import (
     trace,
     variables,
 )
-from jaxrnn._primitives import conv_general_dilated_p
+from jaxrnn._primitives import conv_general_dilated_p, gather_p
 from jaxrnn._tangent import State, Tangent, only_split, symbolic_zero
 
 Array = jax.Array
@@ -131,7 +131,7 @@ def _run(
         consts, carry, xs = primals
         old = program.invars[n_consts : n_consts + n_carry]
         new, yielded = program.outvars[:n_carry], program.outvars[n_carry:]
-        kept = _kept(program)
+        kept = _kept(program, program.invars[:n_consts])
         rows: list[Atom] = list(yielded)
         rows += [v for v in kept if v not in rows]
         # The state before a step is what the step before it made, which may be a row already.
@@ -195,13 +195,13 @@ def _fill(primals: Sequence[Array], moving: Sequence[int], tangents: Sequence[An
     return [given[i] if i in given else symbolic_zero(x) for i, x in enumerate(primals)]
 
 
-def _kept(program: Program) -> list[Var]:
+def _kept(program: Program, consts: Sequence[Var]) -> list[Var]:
     """The variables of a step that its derivative must not have to compute again.
 
     A sum of products is needed only where something nonlinear reads it; through linear equations
     the derivative passes without them. If that is one equation whose result tells its derivative,
     the result is kept instead. Of what is made from random bits, what meets the data is kept: a
-    dropout mask, not the bits.
+    dropout mask, not the bits. What is looked up in a const is looked up again.
     """
     readers = Counter(a for e in program.equations for a in variables(e.invars))
     readers.update(variables(program.outvars))
@@ -214,7 +214,9 @@ def _kept(program: Program) -> list[Var]:
     for equation in program.equations:
         read_here = [v for v in variables(equation.invars) if v in costly]
         moves = equation.outvars[0] in moving
-        if is_heavy(equation) or is_random(equation) or (read_here and not moves):
+        looked_up = equation.primitive is gather_p and equation.invars[0] in consts
+        heavy = is_heavy(equation) and not looked_up
+        if heavy or is_random(equation) or (read_here and not moves):
             costly |= set(equation.outvars)
         elif read_here and is_linear(equation):
             costly |= set(equation.outvars)

@@ -11,6 +11,7 @@ from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
 from jaxrnn._algebra import simplify
 from jaxrnn._block import Steps, block_of, over_blocks, run_block, run_invariant, time_first
+from jaxrnn._choice import tangent_block
 from jaxrnn._columns import MisfitError
 from jaxrnn._fission import Loop, fission
 from jaxrnn._fused import run_fused
@@ -126,8 +127,10 @@ class Tangent:
         end = len(consts)
         start, stop = end - len(self.t_consts), end + len(self.t_carry) + len(self.t_xs)
         inputs = body.program.invars
-        plan = fission(body.program, end, len(self.t_carry), frozenset(inputs[start:end]))
+        accumulated = frozenset(inputs[start:end])
+        plan = fission(body.program, end, len(self.t_carry), accumulated, coefficients=True)
         linear = dependents(body.program, inputs[start:stop])
+        block = tangent_block(plan, block) if steps.adapts else block
 
         def run_loop(
             loop: Loop,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from bodies import BODIES
+from helpers import assert_same
 from jax import lax
 
 import jaxrnn
@@ -94,6 +95,33 @@ def test_rematerialisation_needs_a_twentieth_of_the_memory_at_8192_steps():
 def test_the_gradient_in_blocks_needs_less_memory_than_that_of_lax_scan():
     plain = scratch_bytes(lax.scan, 512)
     assert scratch_bytes(jaxrnn.scan, 512, chunk=32) <= 0.75 * plain
+
+
+def test_weights_that_each_sample_looks_up_are_kept_for_no_step():
+    """A mixture of experts: neither the weights looked up nor their gradients exist per step."""
+    time, experts = 32, 3
+    rng = np.random.default_rng(0)
+    shapes = {"gate": (UNITS, experts), "w": (1, UNITS), "u": (experts, UNITS, UNITS)}
+    p = {name: jnp.asarray(rng.standard_normal(s) * 0.3, jnp.float32) for name, s in shapes.items()}
+    h, xs = jnp.zeros((BATCH, UNITS)), jnp.asarray(rng.standard_normal((time, BATCH, 1)))
+
+    def loss(scan, p, h, xs):
+        def body(h, x):
+            score, expert = lax.top_k(jax.nn.softmax(h @ p["gate"]), 2)
+            moved = jnp.einsum("bh,bkhj->bkj", h, p["u"][expert])
+            h = jnp.einsum("bk,bkj->bj", score, jnp.tanh((x @ p["w"])[:, None] + moved))
+            return h, h
+
+        return (scan(body, h, xs)[1] ** 2).sum()
+
+    def compiled(scan):
+        return jax.jit(jax.grad(lambda *a: loss(scan, *a), (0, 1, 2))).lower(p, h, xs).compile()
+
+    ours, plain = compiled(jaxrnn.scan), compiled(lax.scan)
+    looked_up_per_step = BATCH * 2 * UNITS * UNITS * 4
+    assert plain.memory_analysis().temp_size_in_bytes > time * looked_up_per_step
+    assert ours.memory_analysis().temp_size_in_bytes < 8 * looked_up_per_step
+    assert_same(ours(p, h, xs), plain(p, h, xs))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

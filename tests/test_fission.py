@@ -24,6 +24,7 @@ import jaxrnn
 
 BATCH, TIME, FEATURES, UNITS = 3, 8, 5, 16
 SPLIT = {"method": "sequential", "chunk": 4}
+EXP = primitive_of(jnp.exp, 0.0)
 LOGISTIC = primitive_of(lax.logistic, 0.0)
 TANH = primitive_of(jnp.tanh, 0.0)
 
@@ -295,6 +296,31 @@ def test_the_weight_gradient_is_contracted_over_whole_blocks():
 
     assert kernels_in_innermost_loops(before)
     assert not kernels_in_innermost_loops(gradient)
+
+
+def test_exponentials_of_a_product_free_gradient_are_in_no_loop():
+    """The transposes of shifts would each compute them again: a sum over paths, as for CTC."""
+    rng = np.random.default_rng(0)
+    w, state, xs = (
+        jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        for shape in ((FEATURES, UNITS), (BATCH, UNITS), (TIME, BATCH, FEATURES))
+    )
+
+    def run(scan, w, state, xs, **flags):
+        def body(paths, x):
+            moved = jnp.pad(paths[:, :-1], ((0, 0), (1, 0)), constant_values=-1e30)
+            paths = jnp.logaddexp(paths, moved) + jax.nn.log_softmax(x @ w)
+            return paths, jax.nn.logsumexp(paths, axis=-1)
+
+        return scan(body, state, xs, **flags)
+
+    def gradient(scan, **flags):
+        return jax.grad(lambda *a: total(run(scan, *a, **flags)), (0, 1, 2))
+
+    program = jax.make_jaxpr(gradient(jaxrnn.scan, **SPLIT))(w, state, xs)
+    innermost = [body for body in loops(program) if not list(loops(body))]
+    assert [count(body, EXP) > 0 for body in innermost] == [True, False]
+    assert_same(gradient(jaxrnn.scan, **SPLIT)(w, state, xs), gradient(lax.scan)(w, state, xs))
 
 
 @pytest.mark.parametrize("make", [lambda: jnp.full((BATCH, UNITS), 0.0), lambda: 0.0])

@@ -187,6 +187,73 @@ def fast_weights(draw: Draw, size: Size) -> Loop:
     return loop(body, draw.weight(D, 3 * H), draw.normal(B, H, H), draw.normal(T, B, D))
 
 
+def retention(draw: Draw, size: Size) -> Loop:
+    """Retention: a memory for each of four heads that decays, read out and normalised."""
+    B, T, D, H = size
+    heads, width = 4, H // 4
+    decay = 1 - 2.0 ** -jnp.arange(5, 5 + heads)
+
+    def body(p):
+        def step(memory, x):
+            q, k, v = (x @ p[name] for name in "QKV")
+            q, k, v = (z.reshape(B, heads, width) for z in (q, k, v))
+            memory = decay[:, None, None] * memory + k[..., None] * v[..., None, :]
+            y = jnp.einsum("bhk,bhkv->bhv", q, memory)
+            y = (y - y.mean(-1, keepdims=True)) / jnp.sqrt(y.var(-1, keepdims=True) + 1e-5)
+            return memory, (jax.nn.silu(x @ p["G"]) * y.reshape(B, H)) @ p["O"]
+
+        return step
+
+    params = {name: draw.weight(D, H) for name in "QKVG"} | {"O": draw.weight(H, D)}
+    return loop(body, params, draw.normal(B, heads, width, width), draw.normal(T, B, D))
+
+
+def experts(draw: Draw, size: Size) -> Loop:
+    """A mixture of four experts, of which each sample takes two at every step."""
+    B, T, D, H = size
+
+    def body(p):
+        def step(h, x):
+            score, chosen = lax.top_k(jax.nn.softmax(h @ p["gate"]), 2)
+            z = jnp.einsum("bh,bkhj->bkj", h, p["U"][chosen]) + (x @ p["W"])[:, None]
+            h = jnp.einsum("bk,bkj->bj", score, jnp.tanh(z))
+            return h, h
+
+        return step
+
+    params = {
+        "gate": draw.weight(H, 4),
+        "W": draw.weight(D, H),
+        "U": draw.normal(4, H, H, scale=H**-0.5),
+    }
+    return loop(body, params, draw.normal(B, H), draw.normal(T, B, D))
+
+
+def ctc(draw: Draw, size: Size) -> Loop:
+    """The forward variable of CTC, for as many labels as units: a sum over paths, as logarithms."""
+    B, T, D, H = size
+    symbols = 30
+    labels = jnp.zeros((B, 2 * H + 1), jnp.int32)
+    labels = labels.at[:, 1::2].set(1 + draw.integers(symbols - 1, B, H))
+
+    def moved(paths, by, missing):
+        return jnp.pad(paths[:, :-by], ((0, 0), (by, 0)), constant_values=missing)
+
+    may_skip = (labels != 0) & (labels != moved(labels, 2, 0))
+
+    def body(w):
+        def step(paths, x):
+            log_p = jnp.take_along_axis(jax.nn.log_softmax(x @ w), labels, axis=1)
+            skipping = jnp.where(may_skip, moved(paths, 2, -1e30), -1e30)
+            paths = jnp.logaddexp(jnp.logaddexp(paths, moved(paths, 1, -1e30)), skipping) + log_p
+            return paths, jnp.logaddexp(paths[:, -1], paths[:, -2])
+
+        return step
+
+    start = jnp.full((B, 2 * H + 1), -1e30).at[:, 0].set(0)
+    return loop(body, draw.weight(D, symbols), start, draw.normal(T, B, D))
+
+
 def test_time_training(draw: Draw, size: Size) -> Loop:
     """A linear model for a state, trained at every step by the gradient of a loss on the input."""
     B, T, D, H = size
