@@ -20,7 +20,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -39,12 +38,14 @@ from jaxrnn._jaxpr import (
     dtype,
     inline,
     is_elementwise,
+    is_of_another_width,
     shape,
     size,
     size_in_bytes,
     trace,
     variables,
 )
+from jaxrnn._orientation import Orientation
 from jaxrnn._placement import explicit_sharding
 from jaxrnn._primitives import (
     add_any_p,
@@ -86,6 +87,11 @@ def simplify(
 
     inlined = trace(inline_once, *example)
     added = len(inlined.consts)
+    orientation = Orientation(inlined.program, added + consts)
+    if orientation.wrong:
+        turned = trace(orientation.run, *inlined.consts, *example)
+        inlined = turned._replace(consts=(*turned.consts, *inlined.consts))
+        added = len(inlined.consts)
     rewriter = _Rewriter(inlined.program, added + consts, carry, to_be_transposed)
     traced = trace(rewriter.run, *inlined.consts, *example)
     return traced._replace(consts=(*traced.consts, *inlined.consts))
@@ -134,7 +140,7 @@ class _Rewriter:
         return [self._array(env, atom) for atom in self.program.outvars]
 
     def _apply(self, equation: Equation, env: dict[Var, _lazy.Value]) -> list[_lazy.Value]:
-        if not _is_of_another_width(equation):
+        if not is_of_another_width(equation):
             rewritten = self._rewritten(equation, env)
             if rewritten is not None:
                 return rewritten
@@ -330,16 +336,6 @@ def _turned(equation: Equation, lhs: Array, rhs: Array) -> Array:
         if placement.gpu() is not None and lhs.size == rhs.shape[axis]:
             return lax.dot_general(lhs, rhs, equation.params["dimension_numbers"], **params)
         return lax.dot_general(lhs, rhs.T, dimensions, **params)
-
-
-def _is_of_another_width(equation: Equation) -> bool:
-    """Whether numbers are wider than is allowed outside a context that the body has entered."""
-    allowed = jnp.result_type(float).itemsize
-    return any(
-        not jnp.issubdtype(dtype(a), jax.dtypes.extended)
-        and dtype(a).itemsize > allowed * (1 + jnp.issubdtype(dtype(a), jnp.complexfloating))
-        for a in (*equation.invars, *equation.outvars)
-    )
 
 
 def _is_float(equation: Equation) -> bool:

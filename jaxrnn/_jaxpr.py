@@ -287,6 +287,16 @@ def is_smooth(equation: Equation) -> bool:
     return equation.primitive in SMOOTH or equation.primitive is split_p()
 
 
+def is_of_another_width(equation: Equation) -> bool:
+    """Whether numbers are wider than is allowed outside a context that the body has entered."""
+    allowed = jnp.result_type(float).itemsize
+    return any(
+        not jnp.issubdtype(dtype(a), jax.dtypes.extended)
+        and dtype(a).itemsize > allowed * (1 + jnp.issubdtype(dtype(a), jnp.complexfloating))
+        for a in (*equation.invars, *equation.outvars)
+    )
+
+
 def is_random(equation: Equation) -> bool:
     """Whether `equation` draws or derives random bits, which costs more than to store them."""
     return equation.primitive in RANDOM

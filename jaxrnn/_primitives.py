@@ -25,6 +25,7 @@ select_n_p = p.select_n_p
 slice_p = p.slice_p
 squeeze_p = p.squeeze_p
 stop_gradient_p = p.stop_gradient_p
+transpose_p = p.transpose_p
 
 INLINED = frozenset({p.jit_p, p.closed_call_p})
 LISTED = frozenset(value for name, value in vars(p).items() if name.endswith("_p"))
@@ -59,7 +60,7 @@ FREE = frozenset(
         p.slice_p,
         p.squeeze_p,
         p.stop_gradient_p,
-        p.transpose_p,
+        transpose_p,
     }
 )
 ELEMENTWISE = frozenset(
@@ -129,7 +130,7 @@ LINEAR = frozenset(
         p.slice_p,
         p.squeeze_p,
         p.sub_p,
-        p.transpose_p,
+        transpose_p,
     }
 )
 SMOOTH = (ELEMENTWISE | FREE | LINEAR | PRODUCTS) - {p.div_p, p.exp_p, p.integer_pow_p}

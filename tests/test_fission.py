@@ -26,6 +26,7 @@ BATCH, TIME, FEATURES, UNITS = 3, 8, 5, 16
 SPLIT = {"method": "sequential", "chunk": 4}
 EXP = primitive_of(jnp.exp, 0.0)
 LOGISTIC = primitive_of(lax.logistic, 0.0)
+TRANSPOSE = primitive_of(jnp.transpose, np.ones((2, 3)))
 TANH = primitive_of(jnp.tanh, 0.0)
 
 
@@ -58,8 +59,10 @@ ONE_PRODUCT = [
     "elman_cell",
     "gru_reset_after",
     "lstm_activated_before_the_split",
+    "lstm_columns",
     "lstm_concatenated",
     "lstm_concatenated_with_ones",
+    "lstm_einsum",
     "lstm_four_matmuls",
     "lstm_jitted",
     "lstm_peephole_clipped",
@@ -139,6 +142,20 @@ def test_no_product_is_computed_twice(name):
     forward_before, gradient_before = programs(name, lax.scan)
     assert multiply_adds(forward) == multiply_adds(forward_before) > 0
     assert multiply_adds(gradient) <= multiply_adds(gradient_before)
+
+
+@pytest.mark.parametrize("name", ["lstm_columns", "lstm_einsum"])
+def test_products_are_rows_times_a_matrix_however_they_are_written(name):
+    """With nothing to transpose in the loop."""
+    forward, _ = programs(name, **SPLIT)
+    products = [e for e, _ in equations(forward) if e.primitive is DOT]
+    assert len(products) >= 2
+    for equation in products:
+        rows, matrix = (v.aval.ndim for v in equation.invars)
+        assert matrix == 2
+        assert equation.params["dimension_numbers"] == (((rows - 1,), (0,)), ((), ()))
+    innermost = [body for body in loops(forward) if not list(loops(body))]
+    assert [count(body, TRANSPOSE) for body in innermost] == [0]
 
 
 def test_weight_gradients_contract_over_one_axis():

@@ -96,6 +96,44 @@ def lstm_concatenating(draw: Draw, size: Size) -> Loop:
     return loop(body, params, (draw.normal(B, H), draw.normal(B, H)), draw.normal(T, B, D))
 
 
+def lstm_columns(draw: Draw, size: Size) -> Loop:
+    """Weights on the left of one sample's column, under `vmap`, as in Equinox."""
+    B, T, D, H = size
+
+    def body(p):
+        def cell(carry, x):
+            h, c = carry
+            h, c = gated(jnp.split(p["W"] @ x + p["U"] @ h + p["b"], 4), c)
+            return (h, c), h
+
+        return jax.vmap(cell)
+
+    params = jax.tree.map(jnp.transpose, draw.gates(4, D, H))
+    return loop(body, params, (draw.normal(B, H), draw.normal(B, H)), draw.normal(T, B, D))
+
+
+def gru_einsum(draw: Draw, size: Size) -> Loop:
+    """An axis of its own for the gates, in front."""
+    B, T, D, H = size
+
+    def body(p):
+        def step(h, x):
+            xz, xr, xn = jnp.einsum("bi,gij->gbj", x, p["W"]) + p["b"][:, None]
+            hz, hr, hn = jnp.einsum("bi,gij->gbj", h, p["U"])
+            z = jax.nn.sigmoid(xz + hz)
+            h = z * h + (1 - z) * jnp.tanh(xn + jax.nn.sigmoid(xr + hr) * hn)
+            return h, h
+
+        return step
+
+    params = {
+        "W": draw.normal(3, D, H, scale=D**-0.5),
+        "U": draw.normal(3, H, H, scale=H**-0.5),
+        "b": draw.normal(3, H, scale=0.1),
+    }
+    return loop(body, params, draw.normal(B, H), draw.normal(T, B, D))
+
+
 def gru(draw: Draw, size: Size) -> Loop:
     """Reset after the matmul."""
     B, T, D, H = size

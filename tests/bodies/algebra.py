@@ -54,6 +54,33 @@ def products_of_one_state(p):
 
 
 @body(
+    consts=lambda d: {
+        "w": d(2 * UNITS, FEATURES),
+        "u": d(2, UNITS, UNITS),
+        "v": d(UNITS, BATCH),
+        "r": d(2, UNITS, 3),
+    },
+    init=two_states,
+)
+def products_the_other_way_round(p):
+    """Weights on the left and of three axes; results cut, selected, or wanted as they lie."""
+
+    def f(carry, x):
+        h, c = carry
+        precision = (lax.Precision.HIGHEST, lax.Precision.DEFAULT)
+        z = jnp.einsum("ui,bi->ub", p["w"], x, precision=precision)
+        a, b = jnp.split(jnp.where(z > 0, z, jnp.expm1(z)) * 2.0, 2)
+        new, old = jnp.einsum("gui,bi->gub", p["u"], h)
+        gate = jax.nn.sigmoid(a + new * p["v"])[::-1].T
+        rows = jnp.einsum("guk,bsu->gkbs", p["r"], jnp.stack([h, c], axis=1))
+        h = jnp.tanh(gate * h + (b - old).T * rows[1, 0, :, :1])
+        c = jnp.tanh(lax.clamp(-0.5, (b + c.T).T, 0.5)) + rows[:, 2].sum((0, 2))[:, None]
+        return (h, 0.3 * c), (z, rows[0], (p["u"][0] @ h.T)[1:], p["u"][1] @ x[0].repeat(2))
+
+    return f
+
+
+@body(
     consts=lambda d: {"u": d(UNITS, UNITS), "memory": d(BATCH, UNITS, UNITS)},
     init=lambda d: (d(BATCH, UNITS), d(BATCH, UNITS, UNITS)),
     xs=lambda d: d.rows(BATCH, UNITS),

@@ -54,6 +54,41 @@ def lstm_slices(p):
     return f
 
 
+@body(
+    consts=lambda d: {
+        "w": d(4 * UNITS, FEATURES),
+        "u": d(4 * UNITS, UNITS),
+        "b": d(4 * UNITS),
+    },
+    init=two_states,
+)
+def lstm_columns(p):
+    """As Equinox's: weights on the left, one sample at a time, under `vmap`."""
+
+    def cell(carry, x):
+        h, c = carry
+        h, c = gates(jnp.split(p["w"] @ x + p["u"] @ h + p["b"], 4), c)
+        return (h, c), h
+
+    return jax.vmap(cell)
+
+
+@body(
+    consts=lambda d: {"w": d(FEATURES, 4, UNITS), "u": d(UNITS, 4, UNITS), "b": d(4, UNITS)},
+    init=two_states,
+)
+def lstm_einsum(p):
+    """An axis of its own for the gates."""
+
+    def f(carry, x):
+        h, c = carry
+        z = jnp.einsum("bi,igh->bgh", x, p["w"]) + jnp.einsum("bi,igh->bgh", h, p["u"]) + p["b"]
+        h, c = gates([z[:, i] for i in range(4)], c)
+        return (h, c), h
+
+    return f
+
+
 @body(consts=lambda d: {g: layer()(d) for g in "ifgo"}, init=two_states)
 def lstm_four_matmuls(p):
     def f(carry, x):
