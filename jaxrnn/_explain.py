@@ -16,7 +16,7 @@ from jaxrnn._choice import block_length, only_for_gradients, steps_of
 from jaxrnn._fission import Plan
 from jaxrnn._jaxpr import Equation, Program
 from jaxrnn._recurrence import run_split
-from jaxrnn._scan import Split, split_body
+from jaxrnn._scan import Split, split_body, trace_body
 
 Array = jax.Array
 PyTree = Any
@@ -78,7 +78,8 @@ def _report(
     if method == "lax" or not isinstance(time, int):
         why = "it was asked for" if method == "lax" else "the time axis is symbolic"
         return [f"plain lax.scan over {time} steps: {why}"]
-    split = split_body(body, init, xs, method)
+    traced = trace_body(body, init, xs, method)
+    split = None if traced is None else split_body(*traced, method)
     if split is None:
         return [
             f"plain lax.scan over {time} steps: the step has effects, or no product worth moving"

@@ -87,6 +87,12 @@ def trace(f: Callable[..., PyTree], *args: Any) -> Traced:
     return Traced(program, tuple(closed.consts), jax.tree.structure(shapes), bool(closed.effects))
 
 
+def is_under_vmap() -> bool:
+    """Whether a `vmap` is under way outside any `jit`; where JAX does not tell, no."""
+    tell = getattr(core, "unsafe_am_i_under_a_vmap_DO_NOT_USE", None)
+    return tell is not None and tell()
+
+
 def bind(equation: Equation, args: Sequence[Any]) -> list[Any]:
     """Applies the primitive of `equation` to `args`."""
     params = equation.primitive.get_bind_params(equation.params)

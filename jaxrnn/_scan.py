@@ -1,7 +1,8 @@
 """`scan`: `jax.lax.scan` run as an expert would have written it, over blocks of time."""
 
+import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,13 +26,16 @@ from jaxrnn._jaxpr import (
     dtype,
     is_heavy,
     is_movable,
+    is_under_vmap,
     is_weak,
     kind,
+    parts,
     trace,
     weak_as,
 )
 from jaxrnn._recurrence import run_split
-from jaxrnn._tangent import is_moving, symbolic_zero
+from jaxrnn._tangent import is_moving, jvp_by_some, symbolic_zero
+from jaxrnn._vmapped import scan_samples
 
 Array = jax.Array
 PyTree = Any
@@ -134,10 +138,12 @@ def scan_along(
     chunk: int | str | None,
     remat: bool,
     method: str,
+    samples: bool = True,
 ) -> tuple[PyTree, PyTree]:
     """`scan`, with time of xs on the axes that `axes` tells for each leaf, or for whole subtrees.
 
     Blocks are cut from xs as they lie in memory; time is brought to the first axis block by block.
+    `samples` says whether to look for a `vmap` around all of it.
     """
     lying, tree = jax.tree.flatten(xs)
     axes = jax.tree.leaves(jax.tree.map(lambda a, x: jax.tree.map(lambda _: a, x), axes, xs))
@@ -148,7 +154,20 @@ def scan_along(
         return lax.scan(f, init, xs, length, reverse)
     if time < 1 or (method == "lax" and not remat) or is_jit_disabled():
         return lax.scan(f, init, xs, length, reverse, unroll)
-    split = None if method == "lax" else split_body(f, init, xs, method)
+    body = None if method == "lax" else trace_body(f, init, xs, method)
+    if body is not None and samples and is_under_vmap() and not _is_kernel(*body, method):
+
+        def again(samples: bool, f: Body, init: PyTree, xs: PyTree, axes: PyTree) -> Any:
+            return scan_along(
+                f, init, xs, axes, time, reverse, unroll,
+                chunk=chunk, remat=remat, method=method, samples=samples,
+            )  # fmt: skip
+
+        once, mapped = (functools.partial(again, yes) for yes in (False, True))
+        traced, first, _ = body
+        outs = scan_samples(traced.program, traced.consts, first, lying, axes, once, mapped)
+        return _as_traced(outs, traced)
+    split = None if body is None else split_body(*body, method)
     if split is None and (not remat or _has_effects(f, init, xs)):
         return lax.scan(f, init, xs, length, reverse, unroll)
 
@@ -168,8 +187,12 @@ def scan_along(
         carry, ys = run_split(
             split.plan, split.consts, split.carry, lying, axes, steps, block, remat
         )
-    results = map(weak_as, [*carry, *ys], split.traced.program.outvars)
-    return jax.tree.unflatten(split.traced.out_tree, results)
+    return _as_traced([*carry, *ys], split.traced)
+
+
+def _as_traced(results: Sequence[Array], traced: Traced) -> PyTree:
+    """The last carry and ys as `lax.scan` would return them, from a flat list of them."""
+    return jax.tree.unflatten(traced.out_tree, map(weak_as, results, traced.program.outvars))
 
 
 def _has_effects(f: Body, init: PyTree, xs: PyTree) -> bool:
@@ -216,25 +239,25 @@ def _run_for_gradients(
         slopes = jax.tree.leaves(tangents)
         moving = [i for i, slope in enumerate(slopes) if is_moving(slope)]
 
-        def of(*moved: Array) -> tuple[list[Array], list[Array]]:
-            given = dict(zip(moving, moved, strict=True))
-            placed = [given.get(i, value) for i, value in enumerate(values)]
-            consts, carry, xs = jax.tree.unflatten(tree, placed)
-            return run_split(split.plan, consts, carry, xs, axes, steps, block, False)
+        def of(*values: Array) -> list[Array]:
+            consts, carry, xs = jax.tree.unflatten(tree, values)
+            last, ys = run_split(split.plan, consts, carry, xs, axes, steps, block, False)
+            return [*last, *ys]
 
-        last_and_ys, changes = jax.jvp(of, [values[i] for i in moving], [slopes[i] for i in moving])
-        return last_and_ys, jax.tree.map(
-            lambda value, t: symbolic_zero(value) if t.dtype == jax.dtypes.float0 else t,
-            last_and_ys,
-            changes,
-        )
+        results = jvp_by_some(of, values, slopes, moving, symbolic_zero)
+        return tuple(tuple(parts(each, len(split.carry))) for each in results)
 
     run.defjvp(rule, symbolic_zeros=True)
     return run(list(split.consts), list(split.carry), xs)
 
 
-def split_body(f: Body, init: PyTree, xs: PyTree, method: str) -> Split | None:
-    """The body of a scan after fission, or None where the engine stands aside."""
+def trace_body(
+    f: Body, init: PyTree, xs: PyTree, method: str
+) -> tuple[Traced, list[Array], list[Any]] | None:
+    """The body of a scan, its first carry, and the types of its x; None if it is not to be split.
+
+    As a program it is `traced.program(*traced.consts, *carry, *x)`, flat.
+    """
     carry, carry_tree = jax.tree.flatten(jax.tree.map(jnp.asarray, init))
     x, x_tree = jax.tree.flatten(_first_row(xs))
 
@@ -269,13 +292,30 @@ def split_body(f: Body, init: PyTree, xs: PyTree, method: str) -> Split | None:
     has_product = any(is_heavy(e) and is_movable(e) for e in program.equations)
     if not has_product and method != "fused" and not kernels_pay(method):
         return None
-    body = simplify(program, len(traced.consts), len(carry), [*traced.consts, *carry, *x])
+    return traced, carry, x
+
+
+def split_body(traced: Traced, carry: list[Array], x: list[Any], method: str) -> Split | None:
+    """A body, from `trace_body`, after fission, or None where the engine stands aside."""
+    example = [*traced.consts, *carry, *x]
+    body = simplify(traced.program, len(traced.consts), len(carry), example)
     consts = (*body.consts, *traced.consts)
     plan = fission(body.program, len(consts), len(carry))
     fused = fits_kernel(plan, method)
     if method == "auto" and not fused and not is_worthwhile(plan):
         return None
     return Split(plan, consts, carry, traced, fused)
+
+
+def _is_kernel(traced: Traced, carry: list[Array], x: list[Any], method: str) -> bool:
+    """Whether a body as it is runs as kernels, which know how to be mapped themselves."""
+    if method != "fused" and not kernels_pay(method):
+        return False
+    try:
+        split = split_body(traced, carry, x, method)
+    except ValueError:
+        return False
+    return split is not None and split.fused
 
 
 def check_options(chunk: Any, remat: Any, method: Any) -> None:

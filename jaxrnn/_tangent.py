@@ -311,6 +311,29 @@ def symbolic_zero(primal: Array) -> Any:
     return zero_from_primal(primal, symbolic_zeros=True)
 
 
+def jvp_by_some(
+    f: Callable[..., Sequence[Array]],
+    primals: Sequence[Array],
+    tangents: Sequence[Any],
+    moving: Sequence[int],
+    zero: Callable[[Array], Any],
+) -> tuple[list[Array], list[Any]]:
+    """`jax.jvp` of `f(*primals)` by those of `primals` that are `moving`.
+
+    Results that have no derivative get `zero(result)` for a tangent.
+    """
+
+    def of(*moved: Array) -> Sequence[Array]:
+        given = dict(zip(moving, moved, strict=True))
+        return f(*(given.get(i, x) for i, x in enumerate(primals)))
+
+    outs, slopes = jax.jvp(of, [primals[i] for i in moving], [tangents[i] for i in moving])
+    return list(outs), [
+        zero(out) if slope.dtype == jax.dtypes.float0 else slope
+        for out, slope in zip(outs, slopes, strict=True)
+    ]
+
+
 def is_moving(tangent: Any) -> bool:
     """Whether a tangent, as a rule with symbolic zeros gets it, is more than a zero."""
     return not isinstance(tangent, SymbolicZero) and tangent.dtype != jax.dtypes.float0

@@ -285,6 +285,25 @@ def test_transformations(transformation):
     assert_same(actual, expected, scale=20)
 
 
+def test_one_sample_under_vmap_is_the_kernel_of_a_batch():
+    """By itself the product of a vector fits none."""
+    _, p, h, xs = operands("tanh")
+
+    def body(h, x):
+        h = jnp.tanh(x @ p["w"] + h @ p["u"])
+        return h, h
+
+    def run(scan, h, xs):
+        return jax.vmap(functools.partial(scan, body), (0, 1), (0, 1))(h, xs)
+
+    def gradient(scan):
+        return jax.jit(jax.grad(lambda *a: scalar_of(run(scan, *a)), (0, 1)))(h, xs)
+
+    with pytest.raises(ValueError, match="fits no kernel"):
+        FUSED(body, h[0], xs[:, 0])
+    assert_same(gradient(FUSED), gradient(lax.scan), scale=20)
+
+
 def test_rnn_with_masks_resets_and_padding_of_nan():
     cell = jaxrnn.cells.lstm(UNITS)
     params = cell.init(jax.random.key(0), FEATURES)

@@ -34,6 +34,7 @@ STEPS = (
     Step("LSTM, four matmuls", gated.lstm_four_matmuls, (TINY, MEDIUM)),
     Step("LSTM, concatenating", gated.lstm_concatenating, (TINY, MEDIUM)),
     Step("LSTM, columns under vmap", gated.lstm_columns, (ONE, NARROW, MEDIUM)),
+    Step("LSTM, vmap around the loop", gated.lstm_mapped, (NARROW, MEDIUM)),
     Step("GRU", gated.gru, (TINY, ONE, NARROW, MEDIUM, LARGE)),
     Step("GRU, einsum over gates", gated.gru_einsum, (ONE, MEDIUM)),
     Step("minGRU", other.min_gru, (MEDIUM,)),

@@ -112,6 +112,26 @@ def lstm_columns(draw: Draw, size: Size) -> Loop:
     return loop(body, params, (draw.normal(B, H), draw.normal(B, H)), draw.normal(T, B, D))
 
 
+def lstm_mapped(draw: Draw, size: Size) -> Loop:
+    """The loop of one sample, and `vmap` around it, as in Equinox."""
+    B, T, D, H = size
+
+    def run(scan):
+        def one(p, init, xs):
+            def cell(carry, x):
+                h, c = carry
+                h, c = gated(jnp.split(p["W"] @ x + p["U"] @ h + p["b"], 4), c)
+                return (h, c), h
+
+            return scan(cell, init, xs)
+
+        return jax.vmap(one, (None, 0, 1), (0, 1))
+
+    params = jax.tree.map(jnp.transpose, draw.gates(4, D, H))
+    init = (draw.normal(B, H), draw.normal(B, H))
+    return Loop((params, init, draw.normal(T, B, D)), run(lax.scan), run(jaxrnn.scan))
+
+
 def gru_einsum(draw: Draw, size: Size) -> Loop:
     """An axis of its own for the gates, in front."""
     B, T, D, H = size
