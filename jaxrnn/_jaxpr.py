@@ -88,7 +88,7 @@ def trace(f: Callable[..., PyTree], *args: Any) -> Traced:
 
 
 def is_under_vmap() -> bool:
-    """Whether a `vmap` is under way outside any `jit`; where JAX does not tell, no."""
+    """Whether a `vmap` is under way inside the innermost `jit`; where JAX does not tell, no."""
     tell = getattr(core, "unsafe_am_i_under_a_vmap_DO_NOT_USE", None)
     return tell is not None and tell()
 
