@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend import core, source_info_util
 
 from jaxrnn._placement import explicit_sharding, varying
@@ -113,7 +114,8 @@ def at(equation: Equation) -> Iterator[None]:
 def inline(program: Program, *args: Any, apply: Callable[..., list[Any]] = bind) -> list[Any]:
     """Runs `program` by `apply`, with the bodies of inner `jit`s in place of the calls.
 
-    Functions with a derivative rule of their own (`custom_jvp`, `custom_vjp`) stay calls.
+    Functions with a derivative rule of their own (`custom_jvp`, `custom_vjp`) stay calls. Stacks
+    and their opposite are spelled out, as concatenations and slices.
     """
     env = dict(zip(program.invars, args, strict=True))
     for equation in program.equations:
@@ -128,10 +130,30 @@ def inline(program: Program, *args: Any, apply: Callable[..., list[Any]] = bind)
             )
             with at(equation):
                 results = inline(inner, *closed.consts, *values, apply=apply)
+        elif equation.primitive in _SPELLED_OUT:
+            with at(equation):
+                results = _SPELLED_OUT[equation.primitive](*values, **equation.params)
         else:
             results = apply(equation, values)
         env.update(zip(equation.outvars, results, strict=True))
     return [read(env, atom) for atom in program.outvars]
+
+
+def _stack(*parts: Any, axis: int) -> list[Any]:
+    return [lax.concatenate([lax.expand_dims(part, (axis,)) for part in parts], axis)]
+
+
+def _unstack(whole: Any, *, axis: int) -> list[Any]:
+    count = whole.shape[axis]
+    return [lax.index_in_dim(whole, i, axis, keepdims=False) for i in range(count)]
+
+
+# Primitives that JAX does not list in `jax.extend` and has not always had.
+_SPELLED_OUT: dict[Any, Callable[..., list[Any]]] = {
+    getattr(lax, name): spelled_out
+    for name, spelled_out in (("stack_p", _stack), ("unstack_p", _unstack))
+    if hasattr(lax, name)
+}
 
 
 def calls(equation: Equation) -> bool:
@@ -264,7 +286,7 @@ def is_movable(equation: Equation) -> bool:
         "rbg" in str(getattr(atom.aval, "dtype", "")) for atom in equation.invars
     ):
         return False
-    known = equation.primitive in LISTED or equation.primitive is split_p()
+    known = equation.primitive in LISTED | _SPELLED_OUT.keys() or equation.primitive is split_p()
     return known and all(map(is_movable, inner_equations(equation)))
 
 

@@ -78,12 +78,12 @@ def lstm_columns(p):
     init=two_states,
 )
 def lstm_einsum(p):
-    """An axis of its own for the gates."""
+    """An axis of its own for the gates, in front, and unpacked."""
 
     def f(carry, x):
         h, c = carry
-        z = jnp.einsum("bi,igh->bgh", x, p["w"]) + jnp.einsum("bi,igh->bgh", h, p["u"]) + p["b"]
-        h, c = gates([z[:, i] for i in range(4)], c)
+        z = jnp.einsum("bi,igh->gbh", x, p["w"]) + jnp.einsum("bi,igh->gbh", h, p["u"])
+        h, c = gates([*(z + p["b"][:, None])], c)
         return (h, c), h
 
     return f
