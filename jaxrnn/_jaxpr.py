@@ -114,8 +114,8 @@ def at(equation: Equation) -> Iterator[None]:
 def inline(program: Program, *args: Any, apply: Callable[..., list[Any]] = bind) -> list[Any]:
     """Runs `program` by `apply`, with the bodies of inner `jit`s in place of the calls.
 
-    Functions with a derivative rule of their own (`custom_jvp`, `custom_vjp`) stay calls. Stacks
-    and their opposite are spelled out, as concatenations and slices.
+    Functions with a derivative rule of their own (`custom_jvp`, `custom_vjp`) stay calls. Stacks,
+    their opposite and tiles are spelled out.
     """
     env = dict(zip(program.invars, args, strict=True))
     for equation in program.equations:
@@ -148,10 +148,17 @@ def _unstack(whole: Any, *, axis: int) -> list[Any]:
     return [lax.index_in_dim(whole, i, axis, keepdims=False) for i in range(count)]
 
 
+def _tile(array: Any, *, reps: Sequence[int]) -> list[Any]:
+    lengths = array.shape
+    spread = [n for pair in zip(reps, lengths, strict=True) for n in pair]
+    each = lax.broadcast_in_dim(array, spread, range(1, len(spread), 2))
+    return [lax.reshape(each, [r * n for r, n in zip(reps, lengths, strict=True)])]
+
+
 # Primitives that JAX does not list in `jax.extend` and has not always had.
 _SPELLED_OUT: dict[Any, Callable[..., list[Any]]] = {
     getattr(lax, name): spelled_out
-    for name, spelled_out in (("stack_p", _stack), ("unstack_p", _unstack))
+    for name, spelled_out in (("stack_p", _stack), ("unstack_p", _unstack), ("tile_p", _tile))
     if hasattr(lax, name)
 }
 

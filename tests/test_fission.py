@@ -236,16 +236,20 @@ def test_loop_invariant_work_runs_once():
         assert not any(count(body, erf) + count(body, cosh) for body in loops(program))
 
 
-def test_stacked_inputs_leave_the_loop_with_their_product():
-    w, h, xs = (np.ones(s) for s in ((2 * FEATURES, UNITS), (UNITS,), (TIME, FEATURES)))
+def test_stacked_and_tiled_inputs_leave_the_loop_with_their_product():
+    rng = np.random.default_rng(0)
+    shapes = (4 * FEATURES, UNITS), (UNITS,), (TIME, FEATURES)
+    w, h, xs = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
 
     def body(h, x):
         first, second = jnp.stack([x, jnp.sin(x)])
-        h = jnp.tanh(jnp.stack([second, first], axis=1).ravel() @ w + 0.5 * h)
+        pairs = jnp.tile(jnp.stack([second, first], axis=1), (1, 2))
+        h = jnp.tanh(pairs.ravel() @ w + 0.5 * h)
         return h, h
 
-    program = jax.make_jaxpr(functools.partial(jaxrnn.scan, body, **SPLIT))(h, xs)
-    assert products_in_innermost_loops(program) == [0]
+    split = functools.partial(jaxrnn.scan, body, **SPLIT)
+    assert products_in_innermost_loops(jax.make_jaxpr(split)(h, xs)) == [0]
+    assert_same(split(h, xs), lax.scan(body, h, xs))
 
 
 def test_a_product_written_twice_runs_once_though_it_could_be_merged_with_itself():
