@@ -91,7 +91,7 @@ def _batch(axis: Any, operands: Sequence[Array], dims: Sequence[Any], how: _How)
     of_consts, of_carry, of_xs = parts(dims, how.consts, how.carry)
     carry = [
         c if not yes
-        else jnp.broadcast_to(c, (axis.size, *c.shape)) if dim is None
+        else batching.broadcast(c, axis.size, 0, axis.explicit_mesh_axis) if dim is None
         else jnp.moveaxis(c, dim, 0)
         for c, dim, yes in zip(carry, of_carry, samples, strict=True)
     ]  # fmt: skip

@@ -18,6 +18,7 @@ import jaxrnn
 pytestmark = pytest.mark.several_devices
 
 DEVICES, BATCH, TIME, FEATURES, UNITS = 8, 16, 256, 4, 8
+SEQUENTIAL = functools.partial(jaxrnn.scan, method="sequential", chunk=2)
 KINDS = "all-gather", "all-to-all", "collective-permute", "reduce-scatter"
 
 
@@ -102,6 +103,32 @@ def test_fresh_states_do_not_keep_the_engine_from_its_work():
     assert_same(results, expected, scale=10)
     executed = [executed_collectives(t, ALL_COLLECTIVES) for t in (text, before)]
     assert executed[0] <= executed[1] / 4
+
+
+@pytest.mark.parametrize("axis", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_vmap_over_an_axis_of_a_mesh(axis):
+    """The state that all samples start from is split as their inputs are."""
+    mesh = jax.make_mesh((DEVICES,), ("batch",), (axis,))
+    p, (h, _), xs = problem("elman_cell", 5)
+
+    def loss(scan, p, h, xs):
+        run = jax.vmap(lambda x: scan(BODIES["elman_cell"].make(p), h, x)[1], 1)
+        return (run(xs) ** 2).mean()
+
+    def value_and_gradient(scan):
+        with jax.set_mesh(mesh):
+            placed = (
+                jax.device_put(p, NamedSharding(mesh, P())),
+                jax.device_put(h[0], NamedSharding(mesh, P())),
+                jax.device_put(xs, NamedSharding(mesh, P(None, "batch"))),
+            )
+            gradient = jax.value_and_grad(functools.partial(loss, scan), (0, 1, 2))
+            return jax.jit(gradient)(*placed)
+
+    ours, plain = map(value_and_gradient, (SEQUENTIAL, lax.scan))
+    assert_same(ours, plain, scale=10)
+    same = jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), ours, plain)
+    assert jax.tree.all(same)
 
 
 @pytest.mark.parametrize("flags", [{}, {"chunk": 4, "remat": True}], ids=["plain", "remat"])
