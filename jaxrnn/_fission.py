@@ -143,8 +143,7 @@ def _times(body: Program, consts: int, carry: int) -> dict[Var, int]:
     while True:
         for equation in body.equations:
             time = max((times[v] for v in variables(equation.invars)), default=-1)
-            in_a_loop = time > 0 and time % 2 == 1
-            if time >= 0 and (leaves_loop if in_a_loop else stays)[id(equation)]:
+            if time >= 0 and (leaves_loop if _is_a_loop(time) else stays)[id(equation)]:
                 time += 1
             times |= dict.fromkeys(equation.outvars, time)
         late = {
@@ -155,6 +154,10 @@ def _times(body: Program, consts: int, carry: int) -> dict[Var, int]:
         if not late:
             return times
         times |= late
+
+
+def _is_a_loop(time: int) -> bool:
+    return time > 0 and time % 2 == 1
 
 
 def moves(equation: Equation, fixed: set[Var]) -> bool:
@@ -241,9 +244,8 @@ class _Cut:
         self.cost: dict[Var, int] = {}
         self.heavy: set[Var] = set()
         self.accumulated: set[Var] = set(accumulated)
-        loops = range(1, max([*times.values(), 0]) + 1, 2)
         self.coefficients = coefficients and not any(
-            is_heavy(e) and times[e.outvars[0]] in loops for e in body.equations
+            is_heavy(e) and _is_a_loop(times[e.outvars[0]]) for e in body.equations
         )
         for equation in body.equations:
             self._weigh(equation)

@@ -155,19 +155,22 @@ def scan_along(
     if time < 1 or (method == "lax" and not remat) or is_jit_disabled():
         return lax.scan(f, init, xs, length, reverse, unroll)
     body = None if method == "lax" else trace_body(f, init, xs, method)
-    if body is not None and samples and is_under_vmap() and not _is_kernel(*body, method):
+    split = None
+    if body is not None:
+        mapped = samples and is_under_vmap()
+        split = _as_kernels(*body, method) if mapped else split_body(*body, method)
+        if mapped and split is None:
 
-        def again(samples: bool, f: Body, init: PyTree, xs: PyTree, axes: PyTree) -> Any:
-            return scan_along(
-                f, init, xs, axes, time, reverse, unroll,
-                chunk=chunk, remat=remat, method=method, samples=samples,
-            )  # fmt: skip
+            def again(samples: bool, f: Body, init: PyTree, xs: PyTree, axes: PyTree) -> Any:
+                return scan_along(
+                    f, init, xs, axes, time, reverse, unroll,
+                    chunk=chunk, remat=remat, method=method, samples=samples,
+                )  # fmt: skip
 
-        once, mapped = (functools.partial(again, yes) for yes in (False, True))
-        traced, first, _ = body
-        outs = scan_samples(traced.program, traced.consts, first, lying, axes, once, mapped)
-        return _as_traced(outs, traced)
-    split = None if body is None else split_body(*body, method)
+            traced, first, _ = body
+            once, for_all = (functools.partial(again, yes) for yes in (False, True))
+            outs = scan_samples(traced.program, traced.consts, first, lying, axes, once, for_all)
+            return _as_traced(outs, traced)
     if split is None and (not remat or _has_effects(f, init, xs)):
         return lax.scan(f, init, xs, length, reverse, unroll)
 
@@ -307,15 +310,15 @@ def split_body(traced: Traced, carry: list[Array], x: list[Any], method: str) ->
     return Split(plan, consts, carry, traced, fused)
 
 
-def _is_kernel(traced: Traced, carry: list[Array], x: list[Any], method: str) -> bool:
-    """Whether a body as it is runs as kernels, which know how to be mapped themselves."""
+def _as_kernels(traced: Traced, carry: list[Array], x: list[Any], method: str) -> Split | None:
+    """`split_body` of what runs as kernels as it is, which know how to be mapped themselves."""
     if method != "fused" and not kernels_pay(method):
-        return False
+        return None
     try:
         split = split_body(traced, carry, x, method)
     except ValueError:
-        return False
-    return split is not None and split.fused
+        return None
+    return split if split is not None and split.fused else None
 
 
 def check_options(chunk: Any, remat: Any, method: Any) -> None:

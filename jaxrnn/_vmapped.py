@@ -19,7 +19,6 @@ from jaxrnn._primitives import new_primitive
 from jaxrnn._tangent import jvp_by_some
 
 Array = jax.Array
-Step = Callable[[list[Array], list[Array]], tuple[list[Array], list[Array]]]
 
 
 class _How(NamedTuple):

@@ -18,7 +18,7 @@ import jaxrnn
 pytestmark = pytest.mark.several_devices
 
 DEVICES, BATCH, TIME, FEATURES, UNITS = 8, 16, 256, 4, 8
-SEQUENTIAL = functools.partial(jaxrnn.scan, method="sequential", chunk=2)
+SEQUENTIAL = functools.partial(jaxrnn.scan, method="sequential")
 KINDS = "all-gather", "all-to-all", "collective-permute", "reduce-scatter"
 
 
@@ -62,8 +62,7 @@ def compiled_gradient(scan, name, mesh, operands):
 @pytest.mark.parametrize("name", ["lstm_split", "elman_cell"])
 def test_a_batch_sharded_gradient_reduces_once_per_block(mesh, name):
     operands = problem(name)
-    scan = functools.partial(jaxrnn.scan, method="sequential")
-    compiled, results = compiled_gradient(scan, name, mesh, operands)
+    compiled, results = compiled_gradient(SEQUENTIAL, name, mesh, operands)
     text = compiled.as_text()
     assert executed_collectives(text) <= TIME // 8
     assert not any(executed_collectives(text, kind) for kind in KINDS)
@@ -98,7 +97,7 @@ def test_fresh_states_do_not_keep_the_engine_from_its_work():
             compiled = jax.jit(jax.grad(loss)).lower(*placed).compile()
             return compiled.as_text(), compiled(*placed)
 
-    text, results = gradient(functools.partial(jaxrnn.scan, method="sequential"))
+    text, results = gradient(SEQUENTIAL)
     before, expected = gradient(lax.scan)
     assert_same(results, expected, scale=10)
     executed = [executed_collectives(t, ALL_COLLECTIVES) for t in (text, before)]
@@ -125,7 +124,8 @@ def test_vmap_over_an_axis_of_a_mesh(axis):
             gradient = jax.value_and_grad(functools.partial(loss, scan), (0, 1, 2))
             return jax.jit(gradient)(*placed)
 
-    ours, plain = map(value_and_gradient, (SEQUENTIAL, lax.scan))
+    ours = value_and_gradient(functools.partial(SEQUENTIAL, chunk=2))
+    plain = value_and_gradient(lax.scan)
     assert_same(ours, plain, scale=10)
     same = jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), ours, plain)
     assert jax.tree.all(same)
@@ -161,7 +161,7 @@ def test_shard_map_with_a_collective_inside_the_body(manual, flags):
         gradient = jax.grad(lambda *a: (split(*a)[1] ** 2).sum(), (0, 1, 2))
         return jax.jit(lambda *a: (split(*a), gradient(*a)))(p, h, xs)
 
-    actual = value_and_gradient(functools.partial(jaxrnn.scan, method="sequential", **flags))
+    actual = value_and_gradient(functools.partial(SEQUENTIAL, **flags))
     assert_same(actual, value_and_gradient(lax.scan), scale=10)
 
 
@@ -186,4 +186,4 @@ def test_shard_map_with_integers_and_keys_of_each_device():
         )
         return jax.jit(jax.grad(lambda p: (split(p, xs) ** 2).sum()))(p)
 
-    assert_same(gradient(functools.partial(jaxrnn.scan, method="sequential")), gradient(lax.scan))
+    assert_same(gradient(SEQUENTIAL), gradient(lax.scan))

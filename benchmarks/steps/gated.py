@@ -3,6 +3,7 @@
 Letters: B samples, T timesteps, D input features, H units.
 """
 
+import functools
 from collections.abc import Iterable
 
 import jax
@@ -26,12 +27,24 @@ def lstm_cell(p: dict[str, Array], x: Array, h: Array, c: Array) -> tuple[Array,
     return gated(jnp.split(x @ p["W"] + h @ p["U"] + p["b"], 4, axis=-1), c)
 
 
-def gru_cell(p: dict[str, Array], x: Array, h: Array) -> Array:
-    """One step of a GRU, reset after the matmul."""
-    xz, xr, xn = jnp.split(x @ p["W"] + p["b"], 3, axis=-1)
-    hz, hr, hn = jnp.split(h @ p["U"], 3, axis=-1)
+def lstm_column(p: dict[str, Array], carry: tuple[Array, Array], x: Array) -> tuple:
+    """One step of an LSTM for one sample, weights on the left: the carry, and h."""
+    h, c = carry
+    h, c = gated(jnp.split(p["W"] @ x + p["U"] @ h + p["b"], 4), c)
+    return (h, c), h
+
+
+def gru_gated(from_input: Iterable[Array], from_state: Iterable[Array], h: Array) -> Array:
+    """From a GRU's gates before activation, in the order z, r, n, to h; reset after the matmul."""
+    (xz, xr, xn), (hz, hr, hn) = from_input, from_state
     z = jax.nn.sigmoid(xz + hz)
     return z * h + (1 - z) * jnp.tanh(xn + jax.nn.sigmoid(xr + hr) * hn)
+
+
+def gru_cell(p: dict[str, Array], x: Array, h: Array) -> Array:
+    """One step of a GRU."""
+    from_input = jnp.split(x @ p["W"] + p["b"], 3, axis=-1)
+    return gru_gated(from_input, jnp.split(h @ p["U"], 3, axis=-1), h)
 
 
 def elman(draw: Draw, size: Size) -> Loop:
@@ -101,12 +114,7 @@ def lstm_columns(draw: Draw, size: Size) -> Loop:
     B, T, D, H = size
 
     def body(p):
-        def cell(carry, x):
-            h, c = carry
-            h, c = gated(jnp.split(p["W"] @ x + p["U"] @ h + p["b"], 4), c)
-            return (h, c), h
-
-        return jax.vmap(cell)
+        return jax.vmap(functools.partial(lstm_column, p))
 
     params = jax.tree.map(jnp.transpose, draw.gates(4, D, H))
     return loop(body, params, (draw.normal(B, H), draw.normal(B, H)), draw.normal(T, B, D))
@@ -118,12 +126,7 @@ def lstm_mapped(draw: Draw, size: Size) -> Loop:
 
     def run(scan):
         def one(p, init, xs):
-            def cell(carry, x):
-                h, c = carry
-                h, c = gated(jnp.split(p["W"] @ x + p["U"] @ h + p["b"], 4), c)
-                return (h, c), h
-
-            return scan(cell, init, xs)
+            return scan(functools.partial(lstm_column, p), init, xs)
 
         return jax.vmap(one, (None, 0, 1), (0, 1))
 
@@ -138,10 +141,8 @@ def gru_einsum(draw: Draw, size: Size) -> Loop:
 
     def body(p):
         def step(h, x):
-            xz, xr, xn = jnp.einsum("bi,gij->gbj", x, p["W"]) + p["b"][:, None]
-            hz, hr, hn = jnp.einsum("bi,gij->gbj", h, p["U"])
-            z = jax.nn.sigmoid(xz + hz)
-            h = z * h + (1 - z) * jnp.tanh(xn + jax.nn.sigmoid(xr + hr) * hn)
+            from_input = jnp.einsum("bi,gij->gbj", x, p["W"]) + p["b"][:, None]
+            h = gru_gated(from_input, jnp.einsum("bi,gij->gbj", h, p["U"]), h)
             return h, h
 
         return step
