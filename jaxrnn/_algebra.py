@@ -25,7 +25,6 @@ from jax import lax
 
 from jaxrnn import _lazy
 from jaxrnn import _placement as placement
-from jaxrnn._fission import carry_times
 from jaxrnn._jaxpr import (
     Atom,
     Equation,
@@ -57,6 +56,7 @@ from jaxrnn._primitives import (
     split_p,
     squeeze_p,
 )
+from jaxrnn._schedule import carry_times
 
 Array = Any
 

@@ -1,19 +1,8 @@
 """Loop fission: a scan body cut into what must run step by step and what need not.
 
-A scan body maps `(consts, carry, x)` to `(carry, y)`. Most of a recurrent step does not lie on the
-way from the old carry to the new one, so it need not run in the sequential loop: it can run over a
-whole block of timesteps at once, as large products. Which equation goes where is a matter of
-*time*, a number for every variable of the body:
-
-    -1      depends on consts alone: run once (loop-invariant)
-     0      depends on the inputs: run per block, before the first loop (prologue)
-     1      lies in the first loop (recurrence)
-     2      depends on what the first loop yields and feeds nothing in it: run per block, after it
-     3      lies in a second loop, and so on; the last even time is the epilogue
-
-Odd times are loops, even ones are passes over a block. One loop is the rule. There are more where
-a product stands between two recurrences, as between the layers of a stacked network written as one
-step, or a readout and the output that a masked step holds: the product then leaves the loop too.
+`_schedule.py` says when each equation has to run: once, in a pass over a whole block of timesteps,
+where the products of all steps are one large product, or in a sequential loop. Here a body is cut
+accordingly, and what crosses each cut is decided.
 
 Only products move, and what they need or what follows from them; other work stays where it is. A
 value crosses a cut where it is small: what merely arranges data is repeated on the far side when
@@ -29,15 +18,14 @@ from jaxrnn._jaxpr import (
     Literal,
     Program,
     Var,
-    dependents,
     is_free,
     is_heavy,
     is_movable,
     is_transcendental,
-    multiply_adds,
     size_in_bytes,
     variables,
 )
+from jaxrnn._schedule import feeds_carries, is_a_loop, moves, schedule
 
 
 class Loop(NamedTuple):
@@ -111,115 +99,8 @@ def fission(
     Returns:
         The plan; its loops and passes together do the work of the body, equation by equation.
     """
-    times = _times(body, consts, carry)
+    times = schedule(body, consts, carry)
     return _Cut(body, consts, carry, times, accumulated, coefficients).plan()
-
-
-def carry_times(body: Program, consts: int, carry: int) -> list[int]:
-    """The time of each carry: which loop runs it."""
-    times = _times(body, consts, carry)
-    return [times[v] for v in body.invars[consts : consts + carry]]
-
-
-def _times(body: Program, consts: int, carry: int) -> dict[Var, int]:
-    carries = body.invars[consts : consts + carry]
-    depends = _depends(body, carries)
-    feeds = _feeds(body, carry)
-    reach = _reach([_union(depends, [new]) for new in body.outvars[:carry]])
-
-    everything = {*body.invars, *(v for e in body.equations for v in e.outvars)}
-    fixed = everything - dependents(body, body.invars[consts:])
-
-    def in_a_cycle(equation: Equation) -> bool:
-        fed = _union(feeds, equation.outvars)
-        back = _bits(fed, reach)
-        return bool(_union(depends, equation.invars) & (fed | back))
-
-    stays = {id(e): not is_movable(e) for e in body.equations}
-    leaves_loop = {id(e): moves(e, fixed) and not in_a_cycle(e) for e in body.equations}
-    times: dict[Var, int] = dict.fromkeys(body.invars[:consts], -1)
-    times |= dict.fromkeys(carries, 1)
-    times |= dict.fromkeys(body.invars[consts + carry :], 0)
-    while True:
-        for equation in body.equations:
-            time = max((times[v] for v in variables(equation.invars)), default=-1)
-            if time >= 0 and (leaves_loop if _is_a_loop(time) else stays)[id(equation)]:
-                time += 1
-            times |= dict.fromkeys(equation.outvars, time)
-        late = {
-            old: times[new] + 1 - times[new] % 2
-            for old, new in zip(carries, body.outvars, strict=False)
-            if isinstance(new, Var) and times[new] > times[old]
-        }
-        if not late:
-            return times
-        times |= late
-
-
-def _is_a_loop(time: int) -> bool:
-    return time > 0 and time % 2 == 1
-
-
-def moves(equation: Equation, fixed: set[Var]) -> bool:
-    """Whether `equation` is worth running over a block of time at once.
-
-    Products are if one side is `fixed`, the same at every step: many rows then meet one matrix.
-    """
-    if not (is_heavy(equation) and is_movable(equation)):
-        return False
-    return not multiply_adds(equation) or any(v in fixed for v in variables(equation.invars))
-
-
-def _depends(body: Program, carries: Iterable[Var]) -> dict[Var, int]:
-    """For each variable, the carries of the same step that it depends on, as bits."""
-    depends = dict.fromkeys(body.invars, 0)
-    depends |= {v: 1 << i for i, v in enumerate(carries)}
-    for equation in body.equations:
-        depends |= dict.fromkeys(equation.outvars, _union(depends, equation.invars))
-    return depends
-
-
-def _feeds(body: Program, carry: int) -> dict[Var, int]:
-    """For each variable, the new carries of the same step that depend on it, as bits."""
-    feeds: dict[Var, int] = {}
-    for i, new in enumerate(body.outvars[:carry]):
-        if isinstance(new, Var):
-            feeds[new] = feeds.get(new, 0) | 1 << i
-    for equation in reversed(body.equations):
-        fed = _union(feeds, equation.outvars)
-        for v in variables(equation.invars):
-            feeds[v] = feeds.get(v, 0) | fed
-    return feeds
-
-
-def _reach(needs: list[int]) -> list[int]:
-    """For each carry, the carries that it comes to feed over any number of steps, as bits.
-
-    `needs[j]` are the carries that new carry j depends on.
-    """
-    count = len(needs)
-    reach = [sum(1 << j for j in range(count) if needs[j] >> i & 1) for i in range(count)]
-    for k in range(count):
-        for i in range(count):
-            if reach[i] >> k & 1:
-                reach[i] |= reach[k]
-    return reach
-
-
-def _bits(mask: int, table: list[int]) -> int:
-    """The union of the entries of `table` that `mask` selects."""
-    return _or(row for i, row in enumerate(table) if mask >> i & 1)
-
-
-def _union(table: dict[Var, int], atoms: Iterable[Atom]) -> int:
-    return _or(table.get(v, 0) for v in variables(atoms))
-
-
-def _or(masks: Iterable[int]) -> int:
-    result = 0
-    for mask in masks:
-        result |= mask
-    return result
 
 
 class _Cut:
@@ -239,13 +120,13 @@ class _Cut:
         self.new = body.outvars[:carry]
         made = [v for e in body.equations for v in e.outvars]
         self.position = {v: i for i, v in enumerate([*body.invars, *made])}
-        self.feeds = _feeds(body, carry)
+        self.feeds = feeds_carries(body, carry)
         self.fixed = {v for v, time in times.items() if time == -1}
         self.cost: dict[Var, int] = {}
         self.heavy: set[Var] = set()
         self.accumulated: set[Var] = set(accumulated)
         self.coefficients = coefficients and not any(
-            is_heavy(e) and _is_a_loop(times[e.outvars[0]]) for e in body.equations
+            is_heavy(e) and is_a_loop(times[e.outvars[0]]) for e in body.equations
         )
         for equation in body.equations:
             self._weigh(equation)
