@@ -1,4 +1,4 @@
-"""A hundred and twenty random programs against the plain Python loop. What fails, fails by its seed."""
+"""Random programs against the plain Python loop. What fails, fails by its seed."""
 
 import functools
 from types import ModuleType
