@@ -46,8 +46,24 @@ class Steps(NamedTuple):
         return lax.scan(step, init, xs, self.length, self.reverse, self.unroll)
 
 
+class InPlace(NamedTuple):
+    """Rows of a block that only loops read, left among the rows of all steps.
+
+    Attributes:
+        whole: the rows of all steps.
+        indices: which of them are the block's.
+    """
+
+    whole: Array
+    indices: Array
+
+    def row(self, i: Array) -> Array:
+        """The row of one step, of those that `indices` name."""
+        return lax.dynamic_index_in_dim(self.whole, i, keepdims=False, allow_negative_indices=False)
+
+
 RunLoop = Callable[
-    [Loop, list[Array], list[Array], list[Array], Steps], tuple[list[Array], list[Array]]
+    [Loop, list[Array], list[Array], list[Any], Steps], tuple[list[Array], list[Array]]
 ]
 
 
@@ -62,7 +78,7 @@ def run_block(
     plan: Plan,
     invariant: Env,
     carry: Sequence[Array],
-    xs: Sequence[Array],
+    xs: Sequence[Array | InPlace],
     steps: Steps,
     run_loop: RunLoop,
 ) -> tuple[list[Array], list[Array]]:
@@ -72,7 +88,8 @@ def run_block(
         plan: the split body.
         invariant: from `run_invariant`.
         carry: the carries at the start of the block.
-        xs: the inputs of the block, arrays with a row per step.
+        xs: the inputs of the block, arrays with a row per step; or where they lie, if loops alone
+            read them and `run_loop` knows of that.
         steps: how many there are, and how they are run through.
         run_loop: runs one recurrence.
 

@@ -213,6 +213,14 @@ def block_length(
     return _near_divisor(time, max(least, (2 << 20) // per_step))
 
 
+def reads_in_place(steps: Steps) -> bool:
+    """Whether a tangent's loops read what is kept where it lies, and not block by block.
+
+    On a GPU a tangent is one block as a rule, and every product in a loop a kernel to start.
+    """
+    return placement.gpu() is None and not steps.fused
+
+
 def tangent_block(plan: Plan, block: int) -> int:
     """Timesteps per block of a tangent whose results are in blocks of `block`.
 

@@ -18,6 +18,7 @@ convert_element_type_p = p.convert_element_type_p
 copy_p = p.copy_p
 dot_general_p = p.dot_general_p
 gather_p = p.gather_p
+mul_p = p.mul_p
 reduce_max_p = p.reduce_max_p
 reduce_sum_p = p.reduce_sum_p
 reshape_p = p.reshape_p

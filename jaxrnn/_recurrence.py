@@ -6,14 +6,11 @@ of a parameter, but not on the tangent of the state, so it is a pass over the bl
 transposition of this pass is the weight gradient, one contraction per block instead of one per
 step. Nothing is transposed by hand; forward mode, reverse mode and higher orders follow.
 
-The tangent step is rematerialised. All that it needs is kept by the steps, in rows that are written
-once, where they stay: the states, and the sums that products enter into (a nonlinear operation
-needs the sum, not its terms), or what a tanh or logistic function makes of such a sum, where this
-tells its derivative.
+The tangent step is rematerialised. What it needs is kept by the steps (`_residuals.py`), in rows
+that are written once, where they stay.
 """
 
 import functools
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,26 +28,21 @@ from jaxrnn._block import (
 )
 from jaxrnn._fission import Loop, Plan, fission
 from jaxrnn._jaxpr import (
-    Atom,
     Equation,
     Program,
     Traced,
     Var,
     bind,
-    dependents,
     dtype,
     has_own_rule,
     hides_product,
     inline,
-    is_heavy,
-    is_linear,
-    is_random,
-    slope_by_output,
     trace,
     variables,
 )
-from jaxrnn._primitives import conv_general_dilated_p, gather_p
-from jaxrnn._tangent import State, Tangent, only_split, symbolic_zero
+from jaxrnn._primitives import conv_general_dilated_p
+from jaxrnn._residuals import residuals
+from jaxrnn._tangent import Tangent, symbolic_zero
 
 Array = jax.Array
 
@@ -129,32 +121,21 @@ def _run(
 
     def rule(primals: Any, tangents: Any) -> Any:
         consts, carry, xs = primals
-        old = program.invars[n_consts : n_consts + n_carry]
-        new, yielded = program.outvars[:n_carry], program.outvars[n_carry:]
-        kept = _kept(program, program.invars[:n_consts])
-        rows: list[Atom] = list(yielded)
-        rows += [v for v in kept if v not in rows]
-        # The state before a step is what the step before it made, which may be a row already.
-        for before, after in zip(old, new, strict=True):
-            rows += [] if before in rows or after in rows else [before]
-        keeping, given = program.cut(program.invars, [*new, *rows], program.equations), consts
+        held = residuals(program, tangents)
+        new = program.outvars[:n_carry]
+        keeping, given = program.cut(program.invars, [*new, *held.rows], program.equations), consts
         if any(map(has_own_rule, program.equations)):
             example = [x[0] for x in map(time_first, xs, axes)]
             traced = _as_differentiated(keeping, *consts, *carry, *example)
             keeping, given = traced.program, [*traced.consts, *consts]
         last, made = _run(keeping, given, carry, xs, axes, steps, block)
 
-        states = [
-            State(rows.index(after if before not in rows else before), before not in rows)
-            for before, after in zip(old, new, strict=True)
-        ]
-        where = {v: rows.index(v) for v in kept}
-        tangent = Tangent(program, primals, tangents, axes, made, where, states)
+        tangent = Tangent(program, primals, tangents, axes, made, held)
         # Blocks are a loop, in which XLA's gradient of a kernel is 5 to 14 times as slow on a CPU.
         convolves = any(e.primitive is conv_general_dilated_p for e in program.equations)
         whole = convolves or steps.whole_tangent
         t_last, t_ys = tangent.run(steps, steps.length if whole else block)
-        ys = made[: len(yielded)]
+        ys = made[: len(program.outvars) - n_carry]
         return (last, ys), (
             _fill(last, tangent.moving_carry, t_last),
             _fill(ys, tangent.moving_ys, t_ys),
@@ -193,37 +174,3 @@ def _fill(primals: Sequence[Array], moving: Sequence[int], tangents: Sequence[An
     """`tangents`, which belong to the `moving` ones among `primals`, and zeros between."""
     given = dict(zip(moving, tangents, strict=True))
     return [given[i] if i in given else symbolic_zero(x) for i, x in enumerate(primals)]
-
-
-def _kept(program: Program, consts: Sequence[Var]) -> list[Var]:
-    """The variables of a step that its derivative must not have to compute again.
-
-    A sum of products is needed only where something nonlinear reads it; through linear equations
-    the derivative passes without them. If that is one equation whose result tells its derivative,
-    the result is kept instead. Of what is made from random bits, what meets the data is kept: a
-    dropout mask, not the bits. What is looked up in a const is looked up again.
-    """
-    readers = Counter(a for e in program.equations for a in variables(e.invars))
-    readers.update(variables(program.outvars))
-    moving = dependents(
-        program, [v for v in program.invars if jnp.issubdtype(dtype(v), jnp.inexact)]
-    )
-    splits = only_split(program)
-    costly: set[Var] = set()
-    kept: dict[Var, None] = {}
-    for equation in program.equations:
-        read_here = [v for v in variables(equation.invars) if v in costly]
-        moves = equation.outvars[0] in moving
-        looked_up = equation.primitive is gather_p and equation.invars[0] in consts
-        heavy = is_heavy(equation) and not looked_up
-        if heavy or is_random(equation) or (read_here and not moves):
-            costly |= set(equation.outvars)
-        elif read_here and is_linear(equation):
-            costly |= set(equation.outvars)
-            kept |= dict.fromkeys(v for v in read_here if v not in moving)
-            continue
-        if moves and read_here:
-            by_output = slope_by_output(equation) and all(readers[v] == 1 for v in read_here)
-            results = splits.get(equation.outvars[0], equation).outvars
-            kept |= dict.fromkeys(results if by_output else read_here)
-    return list(kept)

@@ -34,7 +34,8 @@ from jaxrnn._jaxpr import (
     weak_as,
 )
 from jaxrnn._recurrence import run_split
-from jaxrnn._tangent import is_moving, jvp_by_some, symbolic_zero
+from jaxrnn._residuals import is_moving
+from jaxrnn._tangent import jvp_by_some, symbolic_zero
 from jaxrnn._vmapped import scan_samples
 
 Array = jax.Array

@@ -1,23 +1,29 @@
 """The tangent of a body over blocks of time: a scan body again, and split like any other."""
 
 import functools
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero, zero_from_primal
+from jax.custom_derivatives import zero_from_primal
 
 from jaxrnn._algebra import simplify
-from jaxrnn._block import Steps, block_of, over_blocks, run_block, run_invariant, time_first
-from jaxrnn._choice import tangent_block
+from jaxrnn._block import (
+    InPlace,
+    Steps,
+    block_of,
+    over_blocks,
+    run_block,
+    run_invariant,
+    time_first,
+)
+from jaxrnn._choice import reads_in_place, tangent_block
 from jaxrnn._columns import MisfitError
-from jaxrnn._fission import Loop, fission
+from jaxrnn._fission import Loop, Plan, fission
 from jaxrnn._fused import run_fused
 from jaxrnn._jaxpr import (
     Equation,
-    Literal,
     Program,
     Var,
     bind,
@@ -29,17 +35,10 @@ from jaxrnn._jaxpr import (
     variables,
 )
 from jaxrnn._kernel import Recipe, recipe
-from jaxrnn._primitives import split_p
+from jaxrnn._residuals import Residuals, State, is_moving, only_split
 
 Array = jax.Array
 PyTree = Any
-
-
-class State(NamedTuple):
-    """Which rows hold a carry: before each step or, `late`, after it."""
-
-    rows: int
-    late: bool
 
 
 class Tangent:
@@ -52,8 +51,7 @@ class Tangent:
         tangents: Any,
         axes: Sequence[int],
         rows: Sequence[Array],
-        kept: Mapping[Var, int],
-        states: Sequence[State],
+        held: Residuals,
     ):
         """Says what is known of each step.
 
@@ -63,12 +61,13 @@ class Tangent:
             tangents: theirs.
             axes: the axis of time of each of the xs.
             rows: what the steps made, arrays with a row per step.
-            kept: the variables that need not be computed again, and which of `rows` holds each.
-            states: which of `rows` holds each carry.
+            held: what each of `rows` is.
         """
         consts, carry, xs = primals
         t_consts, t_carry, t_xs = tangents
-        self.program, self.rows, self.kept, self.states = program, rows, kept, states
+        self.program, self.rows = program, rows
+        self.kept = held.kept
+        self.held = [*held.states, *(State(i, late=False) for i in held.kept.values())]
         self.splits = only_split(program)
         self.functions = {
             self.splits[v].outvars[0]: e
@@ -77,9 +76,12 @@ class Tangent:
             if v in self.splits
         }
         self.consts, self.carry, self.xs = list(consts), list(carry), list(xs)
+        carries = program.invars[len(consts) : len(consts) + len(carry)]
+        ys = program.outvars[len(carry) :]
         self.moving_consts = [i for i, t in enumerate(t_consts) if is_moving(t)]
         self.moving_xs = [i for i, t in enumerate(t_xs) if is_moving(t)]
-        self.moving_carry, self.moving_ys = self._moving(t_carry)
+        self.moving_carry = [i for i, v in enumerate(carries) if v in held.moving]
+        self.moving_ys = [i for i, v in enumerate(ys) if isinstance(v, Var) and v in held.moving]
         self.t_consts = [t_consts[i] for i in self.moving_consts]
         self.t_carry = [
             t_carry[i] if is_moving(t_carry[i]) else jnp.zeros_like(carry[i])
@@ -87,27 +89,6 @@ class Tangent:
         ]
         self.t_xs = [t_xs[i] for i in self.moving_xs]
         self.axes, self.t_axes = axes, [axes[i] for i in self.moving_xs]
-
-    def _moving(self, t_carry: Sequence[Any]) -> tuple[list[int], list[int]]:
-        """Which carries and ys have a tangent; the others are not differentiated.
-
-        A step may not even have a derivative by them, or none that is finite.
-        """
-        inputs, count = self.program.invars, len(self.consts)
-        carries, outs = inputs[count:][: len(t_carry)], self.program.outvars
-        given = [
-            *(inputs[i] for i in self.moving_consts),
-            *(inputs[count + len(carries) + i] for i in self.moving_xs),
-        ]
-        moving = {i for i, t in enumerate(t_carry) if is_moving(t)}
-        while True:
-            sources = [*given, *(carries[i] for i in moving)]
-            reached = dependents(self.program, sources, through_tangents=True)
-            found = {i for i, v in enumerate(outs) if not isinstance(v, Literal) and v in reached}
-            more = {i for i in found if i < len(carries)} - moving
-            if not more:
-                return sorted(moving), sorted(i - len(carries) for i in found - moving)
-            moving |= more
 
     def run(self, steps: Steps, block: int) -> tuple[list[Array], list[Array]]:
         """The tangents of the last carry and of ys, of those among them that have one."""
@@ -128,9 +109,18 @@ class Tangent:
         start, stop = end - len(self.t_consts), end + len(self.t_carry) + len(self.t_xs)
         inputs = body.program.invars
         accumulated = frozenset(inputs[start:end])
-        plan = fission(body.program, end, len(self.t_carry), accumulated, coefficients=True)
+        in_place = reads_in_place(steps)
+        plan = fission(
+            body.program,
+            end,
+            len(self.t_carry),
+            accumulated,
+            coefficients=True,
+            in_place=in_place,
+        )
         linear = dependents(body.program, inputs[start:stop])
         block = tangent_block(plan, block) if steps.adapts else block
+        left = self._left_in_place(plan) if in_place else [False] * len(self.held)
 
         def run_loop(
             loop: Loop,
@@ -144,16 +134,7 @@ class Tangent:
                 moving = frozenset(i for i, v in enumerate(loop.xs) if v in linear)
                 return run_fused(how, consts, carry, rows, steps.length, steps.reverse, moving)
 
-            # Transposition wants the linear inputs first.
-            order = sorted(range(len(rows)), key=lambda i: loop.xs[i] not in linear)
-            back = sorted(range(len(rows)), key=order.__getitem__)
-
-            def step(carry: list[Array], x: list[Array]) -> tuple[list[Array], list[Array]]:
-                outs = loop.program.run(*consts, *carry, *(x[i] for i in back))
-                return outs[: len(carry)], outs[len(carry) :]
-
-            step = jax.checkpoint(step, prevent_cse=False)
-            return steps.scan(step, carry, [rows[i] for i in order])
+            return _run_loop(loop, linear, consts, carry, rows, steps)
 
         invariant = run_invariant(plan, consts)
 
@@ -168,7 +149,7 @@ class Tangent:
                 carry: list[Array], t_xs: dict[int, Array], index: Array
             ) -> tuple[list[Array], list[Array]]:
                 t_xs = t_xs | {i: block_of(*rows, index, steps) for i, rows in sliced.items()}
-                xs = [*(t_xs[i] for i in sorted(t_xs)), *self._known(index, steps)]
+                xs = [*(t_xs[i] for i in sorted(t_xs)), *self._known(index, steps, left)]
                 return run_block(plan, invariant, carry, xs, steps, run_loop)
 
             return block(carry, *x)
@@ -188,19 +169,39 @@ class Tangent:
             return None
         return how
 
-    def _known(self, index: Array, steps: Steps) -> list[Array]:
+    def _left_in_place(self, plan: Plan) -> list[bool]:
+        """Of the states and of what is kept, what can be read one step at a time where it lies.
+
+        That is what no pass reads. Of a state that is kept as it is after each step, the rows that
+        a loop reads have to be made.
+        """
+        in_blocks = set(variables([*plan.tail.invars, *plan.body.outvars]))
+        in_blocks = in_blocks.union(*(stage.program.invars for stage in plan.stages))
+        in_loops = {v for stage in plan.stages if stage.loop is not None for v in stage.loop.xs}
+        inputs = plan.body.invars
+        return [
+            v not in in_blocks and not (state.late and v in in_loops)
+            for v, state in zip(inputs[len(inputs) - len(self.held) :], self.held, strict=True)
+        ]
+
+    def _known(self, index: Array, steps: Steps, left: Sequence[bool]) -> list[Any]:
         """What is known of a block of steps: its xs, the carry before each, what is kept."""
         xs = [block_of(x, axis, index, steps) for x, axis in zip(self.xs, self.axes, strict=True)]
-        rows = [block_of(r, 0, index, steps) for r in self.rows]
-        states = [
-            _one_before(rows[held], self._edge(i, index, steps), steps) if late else rows[held]
-            for i, (held, late) in enumerate(self.states)
-        ]
-        return [*xs, *states, *(rows[i] for i in self.kept.values())]
+        kept: list[Any] = []
+        for i, (state, in_place) in enumerate(zip(self.held, left, strict=True)):
+            whole = self.rows[state.rows]
+            if in_place and steps.length < len(whole):
+                kept.append(InPlace(whole, index))
+            elif state.late:
+                rows = block_of(whole, 0, index, steps)
+                kept.append(_one_before(rows, self._edge(i, index, steps), steps))
+            else:
+                kept.append(block_of(whole, 0, index, steps))
+        return [*xs, *kept]
 
     def _edge(self, i: int, index: Array, steps: Steps) -> Array:
         """The carry at the start of a block, of which the rows after each step are there."""
-        first, rows = self.carry[i], self.rows[self.states[i].rows]
+        first, rows = self.carry[i], self.rows[self.held[i].rows]
         if steps.length == len(rows):
             return first
         before = index[-1] + 1 if steps.reverse else index[0] - 1
@@ -257,6 +258,30 @@ class Tangent:
         ]
 
 
+def _run_loop(
+    loop: Loop,
+    linear: set[Var],
+    consts: Sequence[Array],
+    carry: list[Array],
+    rows: Sequence[Array | InPlace],
+    steps: Steps,
+) -> tuple[list[Array], list[Array]]:
+    """Runs a loop of a tangent, the variables `linear` of which are tangents."""
+    places = {i: x for i, x in enumerate(rows) if isinstance(x, InPlace)}
+    given = [x.indices if isinstance(x, InPlace) else x for x in rows]
+    # Transposition wants the linear inputs first.
+    order = sorted(range(len(rows)), key=lambda i: loop.xs[i] not in linear)
+
+    def step(carry: list[Array], x: list[Array]) -> tuple[list[Array], list[Array]]:
+        xs = dict(zip(order, x, strict=True))
+        xs |= {i: place.row(xs[i]) for i, place in places.items()}
+        outs = loop.program.run(*consts, *carry, *(xs[i] for i in range(len(rows))))
+        return outs[: len(carry)], outs[len(carry) :]
+
+    step = jax.checkpoint(step, prevent_cse=False)
+    return steps.scan(step, carry, [given[i] for i in order])
+
+
 Slope = Callable[[Array, Array], Array]
 
 
@@ -289,23 +314,6 @@ def _as_it_is(_value: Array, tangent: Array) -> Array:
     return tangent
 
 
-def only_split(program: Program) -> dict[Var, Equation]:
-    """For results that tell their derivative and that one split alone reads, this split.
-
-    Since `split(f(z)) = f(split(z))`, the parts tell the derivative as well.
-    """
-    readers = Counter(a for e in program.equations for a in variables(e.invars))
-    readers.update(variables(program.outvars))
-    results = {e.outvars[0] for e in program.equations if slope_by_output(e) is not None}
-    return {
-        v: e
-        for e in program.equations
-        if e.primitive is split_p()
-        for v in variables(e.invars)
-        if v in results and readers[v] == 1
-    }
-
-
 def symbolic_zero(primal: Array) -> Any:
     """A zero for a tangent of `primal` in a rule with symbolic zeros."""
     return zero_from_primal(primal, symbolic_zeros=True)
@@ -332,8 +340,3 @@ def jvp_by_some(
         zero(out) if slope.dtype == jax.dtypes.float0 else slope
         for out, slope in zip(outs, slopes, strict=True)
     ]
-
-
-def is_moving(tangent: Any) -> bool:
-    """Whether a tangent, as a rule with symbolic zeros gets it, is more than a zero."""
-    return not isinstance(tangent, SymbolicZero) and tangent.dtype != jax.dtypes.float0

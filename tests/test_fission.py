@@ -184,7 +184,9 @@ def test_gates_activated_before_their_split_are_kept_as_their_parts():
     samples, units = last.outvars[0].aval.shape
     part, whole = (samples, units), (samples, 4 * units)
     assert [v.aval.shape for v in last.outvars] == [part, part, whole]
-    assert all(v.aval.shape == part for v in last.invars[1:])
+    # A row, or the number of one that is read where it lies.
+    read = [v.aval.shape for v in last.invars if v.aval.shape != (4 * units, units)]
+    assert all(shape[-2:] in (part, ()) for shape in read)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -267,9 +269,14 @@ def test_a_product_written_twice_runs_once_though_it_could_be_merged_with_itself
     assert multiply_adds(loop) == BATCH * UNITS * UNITS
 
 
-def test_outer_products_of_rows_stay_in_the_loop():
-    """Over a block they would be matrices per step to write and to read, for nothing."""
-    w, xs = np.ones((UNITS, UNITS)), np.ones((TIME, BATCH, UNITS))
+def test_matrices_for_states_are_in_no_pass():
+    """Over a block, outer products would be matrices per step to write and to read, for nothing.
+
+    And what is kept of the state is read by the gradient's loop where it lies, one step at a time.
+    """
+    units = 128  # of small ones it is no matter
+    block, matrix = SPLIT["chunk"], (BATCH, units, units)
+    w, state, xs = np.ones((units, units)), np.ones(matrix), np.ones((TIME, BATCH, units))
 
     def run(w, state, xs):
         def body(state, x):
@@ -279,9 +286,46 @@ def test_outer_products_of_rows_stay_in_the_loop():
 
         return jaxrnn.scan(body, state, xs, **SPLIT)
 
-    split = jax.make_jaxpr(run)(w, np.ones((BATCH, UNITS, UNITS)), xs)
-    sizes = [out.aval.size for e, _ in equations(split) for out in e.outvars]
-    assert max(sizes) == max(TIME * BATCH * UNITS, BATCH * UNITS * UNITS)
+    gradient = jax.grad(lambda *operands: total(run(*operands)), (0, 1, 2))
+    for program in (jax.make_jaxpr(run)(w, state, xs), jax.make_jaxpr(gradient)(w, state, xs)):
+        read = [v for e, _ in equations(program) for v in e.invars]
+        shapes = {v.aval.shape for v in read}
+        assert matrix in shapes
+        assert (block, *matrix) not in shapes
+
+
+def test_a_state_that_is_read_after_its_change_is_kept_as_it_is_then():
+    """Or the gradient would have to change it again."""
+
+    def run(state, xs):
+        def body(state, x):
+            state = lax.erf_inv(x) - state
+            return state, jnp.sin(state) @ jnp.eye(UNITS)
+
+        return jaxrnn.scan(body, state, xs, **SPLIT)
+
+    change = primitive_of(lax.erf_inv, 1.0)
+    operands = np.ones((BATCH, UNITS)), np.ones((TIME, BATCH, UNITS))
+    gradient = jax.grad(lambda state: total(run(state, operands[1])))
+    assert count(jax.make_jaxpr(gradient)(operands[0]), change) == 1
+
+
+def test_what_a_product_is_scaled_by_is_not_computed_again_in_the_loop():
+    """Rotated by its step, as a position is told, a key is kept as it is then."""
+    w, state, xs = np.ones((UNITS, UNITS)), np.ones(UNITS), np.ones((TIME, UNITS))
+
+    def run(w, state, xs):
+        def body(state, step):
+            x, n = step
+            state = jnp.tanh(state @ w) * (x @ w * jnp.cos(n))
+            return state, state
+
+        return jaxrnn.scan(body, state, (xs, np.arange(TIME, dtype=np.float32)), **SPLIT)
+
+    cosine = primitive_of(jnp.cos, 0.0)
+    gradient = jax.make_jaxpr(jax.grad(lambda w: jnp.sum(run(w, state, xs)[1])))(w)
+    innermost = [body for body in loops(gradient) if not list(loops(body))]
+    assert [count(body, cosine) for body in innermost] == [0] * len(innermost)
 
 
 def test_the_gradient_of_a_kernel_is_in_no_loop():

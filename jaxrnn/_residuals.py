@@ -1,0 +1,197 @@
+"""What a step keeps for its derivative.
+
+All that the tangent of a step needs is kept by the steps, in rows: the states, and the sums that
+products enter into (a nonlinear operation needs the sum, not its terms), or what a tanh or logistic
+function makes of such a sum, where this tells its derivative. The rest is computed again.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from jaxrnn._jaxpr import (
+    Atom,
+    Equation,
+    Program,
+    Var,
+    dependents,
+    dtype,
+    is_heavy,
+    is_linear,
+    is_random,
+    size,
+    slope_by_output,
+    variables,
+)
+from jaxrnn._primitives import PRODUCTS, gather_p, mul_p, select_n_p, split_p
+
+
+class State(NamedTuple):
+    """Which rows hold a carry: before each step or, `late`, after it."""
+
+    rows: int
+    late: bool
+
+
+class Residuals(NamedTuple):
+    """What the steps of a body yield, once it is differentiated.
+
+    Attributes:
+        rows: first the ys of the body, then what is kept beside these.
+        kept: the variables that need not be computed again, and which of `rows` holds each.
+        states: which of `rows` holds each carry.
+        moving: the variables that have a tangent.
+    """
+
+    rows: tuple[Atom, ...]
+    kept: Mapping[Var, int]
+    states: tuple[State, ...]
+    moving: set[Var]
+
+
+def residuals(program: Program, tangents: Any) -> Residuals:
+    """What to keep of each step of a body whose inputs have `tangents`: consts, carry, xs.
+
+    The state before a step is what the step before it made, which may be a row already. A state
+    that its step changes and then reads, such as a memory, is kept as it is read, unless what it
+    was before is needed, too.
+    """
+    consts, carry, _ = map(len, tangents)
+    moving = _moving(program, tangents)
+    old = program.invars[consts : consts + carry]
+    new, ys = program.outvars[:carry], program.outvars[carry:]
+    kept = _kept(program, program.invars[:consts], moving)
+    rows: list[Atom] = [*ys, *(v for v in kept if v not in ys)]
+    for before, after in zip(old, new, strict=True):
+        if before in rows or after in rows:
+            continue
+        if isinstance(after, Var) and _spares(before, after, program, kept, moving):
+            kept.append(after)
+            rows.append(after)
+        else:
+            rows.append(before)
+    states = [
+        State(rows.index(after if before not in rows else before), before not in rows)
+        for before, after in zip(old, new, strict=True)
+    ]
+    return Residuals(tuple(rows), {v: rows.index(v) for v in kept}, tuple(states), moving)
+
+
+def _spares(
+    before: Var, after: Var, program: Program, kept: Sequence[Var], moving: set[Var]
+) -> bool:
+    """Whether the state before a step is not needed if it is kept as it is after it."""
+    if not jnp.issubdtype(dtype(after), jnp.inexact):
+        return False
+    return before in _needed(program, kept, moving) and before not in _needed(
+        program, [*kept, after], moving
+    )
+
+
+def _needed(program: Program, kept: Sequence[Var], moving: set[Var]) -> set[Var]:
+    """The variables whose values the tangent of a step has to have, if it has those of `kept`."""
+    needed: set[Var] = set()
+    known = set(kept)
+    known |= {v for v, split in only_split(program).items() if known.issuperset(split.outvars)}
+    for equation in reversed(program.equations):
+        operands, results = equation.invars, equation.outvars
+        if any(v in needed and v not in known for v in results):
+            needed |= set(variables(operands))
+        elif not any(v in moving for v in results):
+            continue
+        elif is_linear(equation):
+            needed |= set(variables(operands[:1] if equation.primitive is select_n_p else []))
+        elif equation.primitive in PRODUCTS or equation.primitive is mul_p:
+            for one, other in (operands, reversed(operands)):
+                needed |= set(variables([one] if moving.intersection(variables([other])) else []))
+        elif slope_by_output(equation) is None or not known.issuperset(results):
+            needed |= set(variables(operands))
+    return needed
+
+
+def _kept(program: Program, consts: Sequence[Var], moving: set[Var]) -> list[Var]:
+    """The variables of a step that its derivative must not have to compute again.
+
+    A sum of products is needed only where something nonlinear reads it; through linear equations
+    the derivative passes without them. If that is one equation whose result tells its derivative,
+    the result is kept instead. Of what is made from random bits, what meets the data is kept: a
+    dropout mask, not the bits. What is looked up in a const is looked up again.
+    """
+    readers = Counter(a for e in program.equations for a in variables(e.invars))
+    readers.update(variables(program.outvars))
+    splits = only_split(program)
+    costly: set[Var] = set()
+    kept: dict[Var, None] = {}
+    for equation in program.equations:
+        read_here = [v for v in variables(equation.invars) if v in costly]
+        moves = equation.outvars[0] in moving
+        looked_up = equation.primitive is gather_p and equation.invars[0] in consts
+        heavy = is_heavy(equation) and not looked_up
+        if heavy or is_random(equation) or (read_here and not moves):
+            costly |= set(equation.outvars)
+        elif read_here and (is_linear(equation) or _scales(equation, read_here, moving)):
+            costly |= set(equation.outvars)
+            kept |= dict.fromkeys(v for v in read_here if v not in moving)
+            continue
+        if moves and read_here:
+            by_output = slope_by_output(equation) and all(readers[v] == 1 for v in read_here)
+            results = splits.get(equation.outvars[0], equation).outvars
+            kept |= dict.fromkeys(results if by_output else read_here)
+    return list(kept)
+
+
+def _scales(equation: Equation, costly: Sequence[Var], moving: set[Var]) -> bool:
+    """Whether `equation` multiplies what is `costly` by what has no tangent, number by number."""
+    if equation.primitive is not mul_p:
+        return False
+    moved = [a for a in equation.invars if isinstance(a, Var) and a in moving]
+    return len(moved) == 1 and moved[0] in costly and size(moved[0]) == size(equation.outvars[0])
+
+
+def only_split(program: Program) -> dict[Var, Equation]:
+    """For results that tell their derivative and that one split alone reads, this split.
+
+    Since `split(f(z)) = f(split(z))`, the parts tell the derivative as well.
+    """
+    readers = Counter(a for e in program.equations for a in variables(e.invars))
+    readers.update(variables(program.outvars))
+    results = {e.outvars[0] for e in program.equations if slope_by_output(e) is not None}
+    return {
+        v: e
+        for e in program.equations
+        if e.primitive is split_p()
+        for v in variables(e.invars)
+        if v in results and readers[v] == 1
+    }
+
+
+def _moving(program: Program, tangents: Any) -> set[Var]:
+    """The variables of a body that have a tangent at some step, if its inputs have `tangents`.
+
+    The others are not differentiated: a step may not even have a derivative by them, or none that
+    is finite.
+    """
+    sources = [
+        v for v, t in zip(program.invars, itertools.chain(*tangents), strict=True) if is_moving(t)
+    ]
+    carries = program.invars[len(tangents[0]) :][: len(tangents[1])]
+    while True:
+        moving = dependents(program, sources, through_tangents=True)
+        more = [
+            old
+            for old, new in zip(carries, program.outvars, strict=False)
+            if isinstance(new, Var) and new in moving and old not in moving
+        ]
+        if not more:
+            return moving
+        sources += more
+
+
+def is_moving(tangent: Any) -> bool:
+    """Whether a tangent, as a rule with symbolic zeros gets it, is more than a zero."""
+    return not isinstance(tangent, SymbolicZero) and tangent.dtype != jax.dtypes.float0
