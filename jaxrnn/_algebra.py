@@ -37,7 +37,6 @@ from jaxrnn._jaxpr import (
     dtype,
     inline,
     is_elementwise,
-    is_of_another_width,
     shape,
     size,
     size_in_bytes,
@@ -140,10 +139,9 @@ class _Rewriter:
         return [self._array(env, atom) for atom in self.program.outvars]
 
     def _apply(self, equation: Equation, env: dict[Var, _lazy.Value]) -> list[_lazy.Value]:
-        if not is_of_another_width(equation):
-            rewritten = self._rewritten(equation, env)
-            if rewritten is not None:
-                return rewritten
+        rewritten = self._rewritten(equation, env)
+        if rewritten is not None:
+            return rewritten
         stage = max((env[v].stage for v in variables(equation.invars)), default=-1)
         outs = bind(equation, [self._array(env, atom) for atom in equation.invars])
         return [_lazy.Value(stage, out) for out in outs]

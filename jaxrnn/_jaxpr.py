@@ -88,12 +88,6 @@ def trace(f: Callable[..., PyTree], *args: Any) -> Traced:
     return Traced(program, tuple(closed.consts), jax.tree.structure(shapes), bool(closed.effects))
 
 
-def is_under_vmap() -> bool:
-    """Whether a `vmap` is under way inside the innermost `jit`; where JAX does not tell, no."""
-    tell = getattr(core, "unsafe_am_i_under_a_vmap_DO_NOT_USE", None)
-    return tell is not None and tell()
-
-
 def bind(equation: Equation, args: Sequence[Any]) -> list[Any]:
     """Applies the primitive of `equation` to `args`."""
     params = equation.primitive.get_bind_params(equation.params)
@@ -325,7 +319,8 @@ def is_smooth(equation: Equation) -> bool:
 def is_of_another_width(equation: Equation) -> bool:
     """Whether numbers are wider than is allowed outside a context that the body has entered."""
     allowed = jnp.result_type(float).itemsize
-    return any(
+    inside = inner_equations(equation)
+    return any(map(is_of_another_width, inside)) or any(
         not jnp.issubdtype(dtype(a), jax.dtypes.extended)
         and dtype(a).itemsize > allowed * (1 + jnp.issubdtype(dtype(a), jnp.complexfloating))
         for a in (*equation.invars, *equation.outvars)

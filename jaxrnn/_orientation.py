@@ -23,7 +23,6 @@ from jaxrnn._jaxpr import (
     bind,
     dependents,
     is_elementwise,
-    is_of_another_width,
     read,
     shape,
 )
@@ -88,7 +87,7 @@ class Orientation:
 
     def _wrong(self, equation: Equation) -> int | None:
         """Which operand of a product is its weights, if it is not `rows @ matrix` but could be."""
-        if equation.primitive is not dot_general_p or is_of_another_width(equation):
+        if equation.primitive is not dot_general_p:
             return None
         fixed = [not isinstance(a, Literal) and a in self.fixed for a in equation.invars]
         if fixed[0] == fixed[1] or any(explicit_sharding(a.aval) for a in equation.invars):

@@ -26,7 +26,7 @@ from jaxrnn._jaxpr import (
     dtype,
     is_heavy,
     is_movable,
-    is_under_vmap,
+    is_of_another_width,
     is_weak,
     kind,
     parts,
@@ -139,12 +139,10 @@ def scan_along(
     chunk: int | str | None,
     remat: bool,
     method: str,
-    samples: bool = True,
 ) -> tuple[PyTree, PyTree]:
     """`scan`, with time of xs on the axes that `axes` tells for each leaf, or for whole subtrees.
 
     Blocks are cut from xs as they lie in memory; time is brought to the first axis block by block.
-    `samples` says whether to look for a `vmap` around all of it.
     """
     lying, tree = jax.tree.flatten(xs)
     axes = jax.tree.leaves(jax.tree.map(lambda a, x: jax.tree.map(lambda _: a, x), axes, xs))
@@ -156,22 +154,19 @@ def scan_along(
     if time < 1 or (method == "lax" and not remat) or is_jit_disabled():
         return lax.scan(f, init, xs, length, reverse, unroll)
     body = None if method == "lax" else trace_body(f, init, xs, method)
-    split = None
     if body is not None:
-        mapped = samples and is_under_vmap()
-        split = _as_kernels(*body, method) if mapped else split_body(*body, method)
-        if mapped and split is None:
+        traced, first, _ = body
 
-            def again(samples: bool, f: Body, init: PyTree, xs: PyTree, axes: PyTree) -> Any:
-                return scan_along(
-                    f, init, xs, axes, time, reverse, unroll,
-                    chunk=chunk, remat=remat, method=method, samples=samples,
-                )  # fmt: skip
+        def again(f: Body, init: PyTree, xs: PyTree, axes: PyTree) -> Any:
+            return scan_along(
+                f, init, xs, axes, time, reverse, unroll, chunk=chunk, remat=remat, method=method
+            )
 
-            traced, first, _ = body
-            once, for_all = (functools.partial(again, yes) for yes in (False, True))
-            outs = scan_samples(traced.program, traced.consts, first, lying, axes, once, for_all)
+        is_kernel = functools.partial(_is_kernel, body, method)
+        outs = scan_samples(traced.program, traced.consts, first, lying, axes, is_kernel, again)
+        if outs is not None:
             return _as_traced(outs, traced)
+    split = None if body is None else split_body(*body, method)
     if split is None and (not remat or _has_effects(f, init, xs)):
         return lax.scan(f, init, xs, length, reverse, unroll)
 
@@ -293,6 +288,9 @@ def trace_body(
         raise ValueError("method='fused': the step has effects, and in a kernel there are none.")
     if traced.has_effects or list(before) != list(after):
         return None
+    # JAX's rules of a product ask for the width that is allowed where they run, not where it is.
+    if any(map(is_of_another_width, program.equations)):
+        return None
     has_product = any(is_heavy(e) and is_movable(e) for e in program.equations)
     if not has_product and method != "fused" and not kernels_pay(method):
         return None
@@ -311,15 +309,15 @@ def split_body(traced: Traced, carry: list[Array], x: list[Any], method: str) ->
     return Split(plan, consts, carry, traced, fused)
 
 
-def _as_kernels(traced: Traced, carry: list[Array], x: list[Any], method: str) -> Split | None:
-    """`split_body` of what runs as kernels as it is, which know how to be mapped themselves."""
+def _is_kernel(body: tuple[Traced, list[Array], list[Any]], method: str) -> bool:
+    """Whether a body, from `trace_body`, runs as kernels as it is."""
     if method != "fused" and not kernels_pay(method):
-        return None
+        return False
     try:
-        split = split_body(traced, carry, x, method)
+        split = split_body(*body, method)
     except ValueError:
-        return None
-    return split if split is not None and split.fused else None
+        return False
+    return split is not None and split.fused
 
 
 def check_options(chunk: Any, remat: Any, method: Any) -> None:

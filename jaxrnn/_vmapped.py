@@ -2,41 +2,47 @@
 
 Mapped by JAX, what the engine does for one sample would be done for many: products of whole arrays
 whose samples first have to be brought to the front, in blocks chosen for the size of one. So a scan
-that finds itself under `vmap` is a primitive, whose batching rule scans the mapped step instead.
-Of everything else it is transparent; under `jit` inside `vmap` it is never made.
+is tried as a primitive, whose batching rule scans the mapped step instead. It has no other rule:
+wherever something else than `vmap` looks at it first, the scan is what it would have been anyway.
 """
 
+import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching
 
 from jaxrnn._jaxpr import Program, Var, dependents, multiply_adds, parts, variables
 from jaxrnn._primitives import new_primitive
-from jaxrnn._tangent import jvp_by_some
 
 Array = jax.Array
 
 
-class _How(NamedTuple):
+class _NotMappedError(Exception):
+    """Something else than `vmap` is the first to look at a scan."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _How:
     """What the primitive is told.
 
     Attributes:
         program: the body, `(consts, carry, x) -> (carry, y)`, flat.
         consts: number of consts.
         axes: the axis of time of each of xs.
-        once: scans a step, `(step, carry, xs, axes) -> (carry, ys)`, for one sample.
-        again: the same, and may be under yet another `vmap`.
+        is_kernel: whether the body runs as a kernel, which knows how to be mapped itself.
+        scan: scans a step, `(step, carry, xs, axes) -> (carry, ys)`.
     """
 
     program: Program
     consts: int
     axes: tuple[int, ...]
-    once: Callable[..., Any]
-    again: Callable[..., Any]
+    is_kernel: Callable[[], bool]
+    scan: Callable[..., Any]
 
     @property
     def carry(self) -> int:
@@ -47,16 +53,26 @@ class _How(NamedTuple):
         return outs[: self.carry], outs[self.carry :]
 
 
+class _Reference:
+    """Leads to what the primitive is told, as long as the call lasts.
+
+    JAX keeps the parameters of a primitive of which it has asked the types of its results.
+    """
+
+    def __init__(self, how: _How):
+        self.to = weakref.ref(how)
+
+
 def scan_samples(
     program: Program,
     consts: Sequence[Array],
     carry: Sequence[Array],
     xs: Sequence[Array],
     axes: Sequence[int],
-    once: Callable[..., Any],
-    again: Callable[..., Any],
-) -> list[Array]:
-    """Scans `program`, for all samples of an outer `vmap` at once.
+    is_kernel: Callable[[], bool],
+    scan: Callable[..., Any],
+) -> list[Array] | None:
+    """Scans `program` for all samples of a `vmap` at once, if this is right around it.
 
     Args:
         program: the body, `(consts, carry, x) -> (carry, y)`, flat, without effects.
@@ -64,30 +80,35 @@ def scan_samples(
         carry: the first carry.
         xs: arrays with a row per step.
         axes: the axis of time of each of `xs`.
-        once: scans a step, `(step, carry, xs, axes) -> (carry, ys)`, for one sample.
-        again: the same, and may be under yet another `vmap`.
+        is_kernel: whether the body runs as a kernel, which knows how to be mapped itself.
+        scan: scans a step, `(step, carry, xs, axes) -> (carry, ys)`.
 
     Returns:
-        The last carry and ys, one after the other.
+        The last carry and ys, one after the other; None if there is no such `vmap`.
     """
-    how = _How(program, len(consts), tuple(axes), once, again)
-    return list(_scan_p.bind(*consts, *carry, *xs, how=how))
+    how = _How(program, len(consts), tuple(axes), is_kernel, scan)
+    try:
+        return list(_scan_p.bind(*consts, *carry, *xs, reference=_Reference(how)))
+    except _NotMappedError:
+        return None
 
 
-def _as_it_is(*operands: Array, how: _How) -> list[Array]:
-    consts, carry, xs = parts(operands, how.consts, how.carry)
-    last, ys = how.once(functools.partial(how.step, consts), carry, xs, list(how.axes))
-    return [*last, *ys]
-
-
-def _batch(axis: Any, operands: Sequence[Array], dims: Sequence[Any], how: _How) -> Any:
-    if _maps_weights(how, dims):
-        run = functools.partial(_as_it_is, how=how)
-        mapped = jax.vmap(run, list(dims), spmd_axis_name=axis.spmd_name)(*operands)
-        return mapped, [0] * len(mapped)
-    samples, new = _mapped(how, dims)
+def _batch(
+    axis: Any,
+    operands: Sequence[Array],
+    dims: Sequence[Any],
+    reference: _Reference,
+) -> Any:
+    how = reference.to()
+    assert how is not None, "the caller holds it"
     consts, carry, xs = parts(operands, how.consts, how.carry)
     of_consts, of_carry, of_xs = parts(dims, how.consts, how.carry)
+    if all(dim is None for dim in dims):
+        last, ys = how.scan(functools.partial(how.step, consts), carry, xs, list(how.axes))
+        return [*last, *ys], [None] * (len(last) + len(ys))
+    if _maps_weights(how, dims) or how.is_kernel():
+        raise _NotMappedError
+    samples, new = _mapped(how, dims)
     carry = [
         c if not yes
         else batching.broadcast(c, axis.size, 0, axis.explicit_mesh_axis) if dim is None
@@ -100,13 +121,17 @@ def _batch(axis: Any, operands: Sequence[Array], dims: Sequence[Any], how: _How)
     places = [0 if yes else None for yes in samples]
     outs = [0 if yes else None for yes in new]
 
-    def step(carry: list[Array], x: list[Array]) -> Any:
-        mapped = jax.vmap(
-            how.step, (of_consts, places, rows), (places, outs), spmd_axis_name=axis.spmd_name
-        )
-        return mapped(consts, carry, x)
+    mapped = jax.vmap(
+        how.step,
+        (of_consts, places, rows),
+        (places, outs),
+        axis_name=axis.name,
+        axis_size=axis.size,
+        spmd_axis_name=axis.spmd_name,
+    )
+    step = functools.partial(mapped, consts)
 
-    last, ys = how.again(step, carry, xs, times)
+    last, ys = how.scan(step, carry, xs, times)
     return [*last, *ys], [*places, *(None if out is None else 1 for out in outs)]
 
 
@@ -137,21 +162,12 @@ def _maps_weights(how: _How, dims: Sequence[Any]) -> bool:
     return any(v in own for e in products for v in variables(e.invars))
 
 
-def _jvp(primals: Sequence[Any], tangents: Sequence[Any], how: _How) -> Any:
-    moving = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
-    run = functools.partial(_as_it_is, how=how)
-    return jvp_by_some(
-        run, primals, tangents, moving, lambda out: ad.Zero(jax.typeof(out).to_tangent_aval())
-    )
-
-
-def _abstract(*operands: Any, how: _How) -> list[Any]:
-    return list(jax.make_jaxpr(functools.partial(_as_it_is, how=how))(*operands).out_avals)
+def _not_mapped(*_: Any, **__: Any) -> NoReturn:
+    raise _NotMappedError
 
 
 _scan_p = new_primitive("jaxrnn_scan")
-_scan_p.def_impl(_as_it_is)
-_scan_p.def_abstract_eval(_abstract)
-ad.primitive_jvps[_scan_p] = _jvp
+_scan_p.def_impl(_not_mapped)
+_scan_p.def_abstract_eval(_not_mapped)
+ad.primitive_jvps[_scan_p] = _not_mapped
 batching.fancy_primitive_batchers[_scan_p] = _batch
-mlir.register_lowering(_scan_p, mlir.lower_fun(_as_it_is, multiple_results=True))

@@ -79,8 +79,8 @@ def test_without_jit_the_step_sees_numbers(flags):
 def test_double_precision_inside_the_step_alone():
     def step(h, x):
         with jax.enable_x64(True):
-            wide = h.astype(jnp.float64) * 2.5 + 1e-9
-            h = (wide + x).astype(jnp.float32)
+            u, first, second = (a.astype(jnp.float64) for a in (U, x[0], h[0]))
+            h = (u @ first + u @ second + 1e-9 + x).astype(jnp.float32)
         return tanh_step(h, x)
 
     assert_same(jaxrnn.scan(step, H, X, **SPLIT), lax.scan(step, H, X))

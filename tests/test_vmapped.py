@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers import assert_same
 from jax import lax
+from jax.experimental import checkify
 from structure import DOT, SCAN, count, equations, loops, primitive_of
 
 import jaxrnn
@@ -174,3 +175,78 @@ def test_the_program_is_that_of_a_batched_step():
     ]  # fmt: skip
     assert sorted(shapes[0]) == sorted(shapes[1])
     assert len(list(loops(mapped))) == len(list(loops(batched)))
+
+
+# What `lax.scan` can do wherever it stands.
+
+ROTATED = [(0, 1), (1, 2), (2, 0)]
+
+
+def elman(scan, xs, w=P["u"][:, :UNITS], over=lambda h: h):
+    def step(h, x):
+        h = over(jnp.tanh(x @ P["w"][:, :UNITS] + h @ w))
+        return h, h
+
+    return scan(step, H, xs)
+
+
+def transposed(scan, h):
+    def step(h, x):
+        return x @ P["w"][:, :UNITS] + h @ P["u"][:, :UNITS], h
+
+    return jax.linear_transpose(lambda xs: scan(step, 0 * H, xs)[0], ONE)(h)
+
+
+def with_a_flag(scan, xs):
+    def step(carry, x):
+        h, first = carry
+        h = jnp.tanh(x @ P["w"][:, :UNITS] + jnp.where(first, 1, h) @ P["u"][:, :UNITS])
+        return (h, False), (h, 1.0)
+
+    return scan(step, (H, True), xs)
+
+
+ONE, ALL = XS[:, 0], jnp.moveaxis(XS, 1, 0)
+FORMS = {
+    "nothing_is_mapped": lambda scan: jax.vmap(lambda k: (k, elman(scan, ONE)))(jnp.arange(3.0)),
+    "only_the_inner_one_maps": lambda scan: jax.vmap(
+        lambda k: jax.vmap(lambda xs: k * elman(scan, xs)[0])(ALL)
+    )(jnp.arange(2.0)),
+    "gradient_where_nothing_is_mapped": lambda scan: jax.grad(
+        lambda w: jax.vmap(lambda k: k * elman(scan, ONE, w)[0].sum())(jnp.arange(3.0)).sum()
+    )(P["u"][:, :UNITS]),
+    "constants_among_the_results": lambda scan: jax.vmap(lambda xs: with_a_flag(scan, xs))(ALL),
+    "constants_under_jit": lambda scan: jax.vmap(jax.jit(lambda xs: with_a_flag(scan, xs)))(ALL),
+    "checkpoint": lambda scan: jax.vmap(jax.checkpoint(lambda xs: with_a_flag(scan, xs)))(ALL),
+    "cond": lambda scan: jax.vmap(
+        lambda xs: lax.cond(xs[0, 0] > 0, lambda: elman(scan, xs), lambda: elman(scan, ONE))
+    )(ALL),
+    "a_collective_in_the_step": lambda scan: jax.vmap(
+        lambda xs: elman(scan, xs, over=lambda h: lax.ppermute(h, "i", ROTATED)), axis_name="i"
+    )(ALL),
+    "a_collective_over_an_ensemble": lambda scan: jax.vmap(
+        lambda xs, w: elman(scan, xs, w, lambda h: lax.ppermute(h, "i", ROTATED)), axis_name="i"
+    )(ALL, jnp.stack([P["u"][:, :UNITS]] * SAMPLES)),
+    "transposed": lambda scan: jax.vmap(lambda h: transposed(scan, h))(draw(SAMPLES, UNITS)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_it_may_stand_anywhere(form, compiled):
+    def run(scan):
+        return jax.jit(lambda: form(scan))() if compiled else form(scan)
+
+    assert_same(run(SPLIT), run(lax.scan), scale=10)
+
+
+def test_checkify_inside_sees_errors_of_the_step():
+    def errors(scan):
+        def checked(xs):
+            run = functools.partial(elman, scan, over=lambda h: jnp.log(h - 100))
+            return checkify.checkify(run, errors=checkify.nan_checks)(xs)
+
+        return jax.vmap(checked)(ALL)[0].get()
+
+    assert "nan generated" in errors(lax.scan)
+    assert "nan generated" in errors(SPLIT)
