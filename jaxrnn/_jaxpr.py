@@ -187,6 +187,28 @@ def dependents(
     return found
 
 
+def dependents_in_time(
+    program: Program,
+    sources: Iterable[Var],
+    consts: int,
+    carry: int,
+    *,
+    through_tangents: bool = False,
+) -> set[Var]:
+    """`dependents` of a scan body, `(consts, carry, x) -> (carry, y)`, at some step or other."""
+    carries, found = program.invars[consts : consts + carry], set(sources)
+    while True:
+        reached = dependents(program, list(found), through_tangents=through_tangents)
+        more = {
+            old
+            for old, new in zip(carries, program.outvars, strict=False)
+            if not isinstance(new, Literal) and new in reached and old not in reached
+        }
+        if not more:
+            return reached
+        found |= more
+
+
 def parts(values: Sequence[Any], *sizes: int) -> list[list[Any]]:
     """`values` cut into pieces of the given sizes and a last one with what is left."""
     found, start = [], 0

@@ -41,8 +41,8 @@ from jaxrnn._jaxpr import (
     variables,
 )
 from jaxrnn._primitives import conv_general_dilated_p
-from jaxrnn._residuals import residuals
-from jaxrnn._tangent import Tangent, symbolic_zero
+from jaxrnn._residuals import residuals, symbolic_zero
+from jaxrnn._tangent import Tangent
 
 Array = jax.Array
 

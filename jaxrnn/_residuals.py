@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
 from jaxrnn._jaxpr import (
     Atom,
     Equation,
     Program,
     Var,
-    dependents,
+    dependents_in_time,
     dtype,
     is_heavy,
     is_linear,
@@ -62,7 +62,11 @@ def residuals(program: Program, tangents: Any) -> Residuals:
     was before is needed, too.
     """
     consts, carry, _ = map(len, tangents)
-    moving = _moving(program, tangents)
+    # What has no tangent at any step is not differentiated: a step may not even have a derivative
+    # by it, or none that is finite.
+    every = zip(program.invars, itertools.chain(*tangents), strict=True)
+    sources = [v for v, tangent in every if is_moving(tangent)]
+    moving = dependents_in_time(program, sources, consts, carry, through_tangents=True)
     old = program.invars[consts : consts + carry]
     new, ys = program.outvars[:carry], program.outvars[carry:]
     kept = _kept(program, program.invars[:consts], moving)
@@ -122,9 +126,7 @@ def _kept(program: Program, consts: Sequence[Var], moving: set[Var]) -> list[Var
     the result is kept instead. Of what is made from random bits, what meets the data is kept: a
     dropout mask, not the bits. What is looked up in a const is looked up again.
     """
-    readers = Counter(a for e in program.equations for a in variables(e.invars))
-    readers.update(variables(program.outvars))
-    splits = only_split(program)
+    readers, splits = _readers(program), only_split(program)
     costly: set[Var] = set()
     kept: dict[Var, None] = {}
     for equation in program.equations:
@@ -158,8 +160,7 @@ def only_split(program: Program) -> dict[Var, Equation]:
 
     Since `split(f(z)) = f(split(z))`, the parts tell the derivative as well.
     """
-    readers = Counter(a for e in program.equations for a in variables(e.invars))
-    readers.update(variables(program.outvars))
+    readers = _readers(program)
     results = {e.outvars[0] for e in program.equations if slope_by_output(e) is not None}
     return {
         v: e
@@ -170,28 +171,18 @@ def only_split(program: Program) -> dict[Var, Equation]:
     }
 
 
-def _moving(program: Program, tangents: Any) -> set[Var]:
-    """The variables of a body that have a tangent at some step, if its inputs have `tangents`.
-
-    The others are not differentiated: a step may not even have a derivative by them, or none that
-    is finite.
-    """
-    sources = [
-        v for v, t in zip(program.invars, itertools.chain(*tangents), strict=True) if is_moving(t)
-    ]
-    carries = program.invars[len(tangents[0]) :][: len(tangents[1])]
-    while True:
-        moving = dependents(program, sources, through_tangents=True)
-        more = [
-            old
-            for old, new in zip(carries, program.outvars, strict=False)
-            if isinstance(new, Var) and new in moving and old not in moving
-        ]
-        if not more:
-            return moving
-        sources += more
+def _readers(program: Program) -> Counter[Var]:
+    """For each variable, how many equations read it; being a result counts as one."""
+    readers = Counter(a for e in program.equations for a in variables(e.invars))
+    readers.update(variables(program.outvars))
+    return readers
 
 
 def is_moving(tangent: Any) -> bool:
     """Whether a tangent, as a rule with symbolic zeros gets it, is more than a zero."""
     return not isinstance(tangent, SymbolicZero) and tangent.dtype != jax.dtypes.float0
+
+
+def symbolic_zero(primal: jax.Array) -> Any:
+    """A zero for a tangent of `primal` in a rule with symbolic zeros."""
+    return zero_from_primal(primal, symbolic_zeros=True)

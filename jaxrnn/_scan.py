@@ -34,8 +34,7 @@ from jaxrnn._jaxpr import (
     weak_as,
 )
 from jaxrnn._recurrence import run_split
-from jaxrnn._residuals import is_moving
-from jaxrnn._tangent import jvp_by_some, symbolic_zero
+from jaxrnn._residuals import is_moving, symbolic_zero
 from jaxrnn._vmapped import scan_samples
 
 Array = jax.Array
@@ -238,13 +237,19 @@ def _run_for_gradients(
         slopes = jax.tree.leaves(tangents)
         moving = [i for i, slope in enumerate(slopes) if is_moving(slope)]
 
-        def of(*values: Array) -> list[Array]:
-            consts, carry, xs = jax.tree.unflatten(tree, values)
+        def of(*moved: Array) -> list[Array]:
+            given = dict(zip(moving, moved, strict=True))
+            every = [given.get(i, value) for i, value in enumerate(values)]
+            consts, carry, xs = jax.tree.unflatten(tree, every)
             last, ys = run_split(split.plan, consts, carry, xs, axes, steps, block, False)
             return [*last, *ys]
 
-        results = jvp_by_some(of, values, slopes, moving, symbolic_zero)
-        return tuple(tuple(parts(each, len(split.carry))) for each in results)
+        outs, made = jax.jvp(of, [values[i] for i in moving], [slopes[i] for i in moving])
+        made = [
+            symbolic_zero(out) if slope.dtype == jax.dtypes.float0 else slope
+            for out, slope in zip(outs, made, strict=True)
+        ]
+        return tuple(tuple(parts(each, len(split.carry))) for each in (outs, made))
 
     run.defjvp(rule, symbolic_zeros=True)
     return run(list(split.consts), list(split.carry), xs)

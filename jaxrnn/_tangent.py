@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import zero_from_primal
 
 from jaxrnn._algebra import simplify
 from jaxrnn._block import (
@@ -312,31 +311,3 @@ def _one_before(rows: Array, first: Array, steps: Steps) -> Array:
 
 def _as_it_is(_value: Array, tangent: Array) -> Array:
     return tangent
-
-
-def symbolic_zero(primal: Array) -> Any:
-    """A zero for a tangent of `primal` in a rule with symbolic zeros."""
-    return zero_from_primal(primal, symbolic_zeros=True)
-
-
-def jvp_by_some(
-    f: Callable[..., Sequence[Array]],
-    primals: Sequence[Array],
-    tangents: Sequence[Any],
-    moving: Sequence[int],
-    zero: Callable[[Array], Any],
-) -> tuple[list[Array], list[Any]]:
-    """`jax.jvp` of `f(*primals)` by those of `primals` that are `moving`.
-
-    Results that have no derivative get `zero(result)` for a tangent.
-    """
-
-    def of(*moved: Array) -> Sequence[Array]:
-        given = dict(zip(moving, moved, strict=True))
-        return f(*(given.get(i, x) for i, x in enumerate(primals)))
-
-    outs, slopes = jax.jvp(of, [primals[i] for i in moving], [tangents[i] for i in moving])
-    return list(outs), [
-        zero(out) if slope.dtype == jax.dtypes.float0 else slope
-        for out, slope in zip(outs, slopes, strict=True)
-    ]

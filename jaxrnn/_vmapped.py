@@ -16,7 +16,15 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import ad, batching
 
-from jaxrnn._jaxpr import Program, Var, dependents, multiply_adds, parts, variables
+from jaxrnn._jaxpr import (
+    Program,
+    Var,
+    dependents,
+    dependents_in_time,
+    multiply_adds,
+    parts,
+    variables,
+)
 from jaxrnn._primitives import new_primitive
 
 Array = jax.Array
@@ -138,16 +146,11 @@ def _batch(
 def _mapped(how: _How, dims: Sequence[Any]) -> tuple[list[bool], list[bool]]:
     """Which carries, and which ys, differ between samples."""
     inputs, outs = how.program.invars, how.program.outvars
-    start = how.consts
-    sources = {v for v, dim in zip(inputs, dims, strict=True) if dim is not None}
-    while True:
-        reached = dependents(how.program, list(sources))
-        differ = [isinstance(out, Var) and out in reached for out in outs]
-        carry = inputs[start : start + how.carry]
-        more = {v for v, yes in zip(carry, differ, strict=False) if yes} - sources
-        if not more:
-            return [v in sources for v in carry], differ[how.carry :]
-        sources |= more
+    sources = [v for v, dim in zip(inputs, dims, strict=True) if dim is not None]
+    reached = dependents_in_time(how.program, sources, how.consts, how.carry)
+    carry = inputs[how.consts : how.consts + how.carry]
+    differ = [isinstance(out, Var) and out in reached for out in outs[how.carry :]]
+    return [v in reached for v in carry], differ
 
 
 def _maps_weights(how: _How, dims: Sequence[Any]) -> bool:
