@@ -14,7 +14,7 @@ from jaxrnn._arguments import Step
 from jaxrnn._block import Steps, run_plain, time_first
 from jaxrnn._choice import block_length, only_for_gradients, steps_of
 from jaxrnn._fission import Plan
-from jaxrnn._jaxpr import Equation, Program
+from jaxrnn._jaxpr import Equation, Program, Traced
 from jaxrnn._recurrence import run_split
 from jaxrnn._scan import Split, split_body, trace_body
 
@@ -78,9 +78,9 @@ def _report(
     if method == "lax" or not isinstance(time, int):
         why = "it was asked for" if method == "lax" else "the time axis is symbolic"
         return [f"plain lax.scan over {time} steps: {why}"]
-    traced = trace_body(body, init, xs, method)
-    split = None if traced is None else split_body(*traced, method)
-    if split is None:
+    found = trace_body(body, init, xs, method)
+    split = None if found is None else split_body(*found, method)
+    if found is None or split is None:
         return [
             f"plain lax.scan over {time} steps: the step has effects, or no product worth moving"
         ]
@@ -98,7 +98,7 @@ def _report(
         if stage.loop is not None:
             where = "one kernel" if split.fused else "step by step"
             lines += _section(f"{where}: recurrence", stage.loop.program)
-    return [*lines, "", *_figures(split, xs, steps, block, remat)]
+    return [*lines, "", *_figures(found[0], split, xs, steps, block, remat)]
 
 
 def _section(title: str, program: Program) -> list[str]:
@@ -112,11 +112,13 @@ def _section(title: str, program: Program) -> list[str]:
     return lines + _wrap(f"{name}{_times(n)}" for name, n in others.items())
 
 
-def _figures(split: Split, xs: PyTree, steps: Steps, block: int, remat: bool) -> list[str]:
-    before = sum(map(_jaxpr.multiply_adds, split.traced.program.equations))
-    before += sum(map(_jaxpr.multiply_adds, _nested(split.traced.program.equations)))
+def _figures(
+    traced: Traced, split: Split, xs: PyTree, steps: Steps, block: int, remat: bool
+) -> list[str]:
+    before = sum(map(_jaxpr.multiply_adds, traced.program.equations))
+    before += sum(map(_jaxpr.multiply_adds, _nested(traced.program.equations)))
     inside, outside = _work(split.plan)
-    ours, theirs = _kept_bytes(split, xs, steps, block, remat)
+    ours, theirs = _kept_bytes(traced, split, xs, steps, block, remat)
     return [
         f"multiply-adds per step    {inside:>14,} in the loop, {outside:,} outside",
         f"  plain lax.scan          {before:>14,} in the loop",
@@ -136,7 +138,9 @@ def _work(plan: Plan) -> tuple[int, int]:
     return inside, outside
 
 
-def _kept_bytes(split: Split, xs: PyTree, steps: Steps, block: int, remat: bool) -> tuple[int, int]:
+def _kept_bytes(
+    traced: Traced, split: Split, xs: PyTree, steps: Steps, block: int, remat: bool
+) -> tuple[int, int]:
     """What the backward pass keeps beside the arguments, here and with plain `lax.scan`."""
     carry, rows = split.carry, jax.tree.leaves(xs)
 
@@ -144,11 +148,11 @@ def _kept_bytes(split: Split, xs: PyTree, steps: Steps, block: int, remat: bool)
         return run_split(split.plan, consts, carry, rows, [0] * len(rows), steps, block, remat)
 
     def theirs(consts: Sequence[Array], carry: list[Array], rows: list[Array]) -> PyTree:
-        return run_plain(split.traced.program, consts, carry, rows, steps)
+        return run_plain(traced.program, consts, carry, rows, steps)
 
     return (
         _residual_bytes(ours, split.consts, carry, rows),
-        _residual_bytes(theirs, split.traced.consts, carry, rows),
+        _residual_bytes(theirs, traced.consts, carry, rows),
     )
 
 

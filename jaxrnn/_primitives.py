@@ -17,8 +17,10 @@ conv_general_dilated_p = p.conv_general_dilated_p
 convert_element_type_p = p.convert_element_type_p
 copy_p = p.copy_p
 dot_general_p = p.dot_general_p
+eq_p = p.eq_p
 gather_p = p.gather_p
 mul_p = p.mul_p
+neg_p = p.neg_p
 reduce_max_p = p.reduce_max_p
 reduce_sum_p = p.reduce_sum_p
 reshape_p = p.reshape_p
@@ -26,6 +28,7 @@ select_n_p = p.select_n_p
 slice_p = p.slice_p
 squeeze_p = p.squeeze_p
 stop_gradient_p = p.stop_gradient_p
+sub_p = p.sub_p
 transpose_p = p.transpose_p
 
 INLINED = frozenset({p.jit_p, p.closed_call_p})
@@ -108,6 +111,9 @@ TRANSCENDENTAL = frozenset(
         p.tan_p,
         p.tanh_p,
     }
+)
+REDUCTIONS = frozenset(
+    {p.argmax_p, p.argmin_p, p.reduce_max_p, p.reduce_min_p, p.reduce_prod_p, p.reduce_sum_p}
 )
 SLOPE_BY_OUTPUT: dict[Any, Callable[[jax.Array, jax.Array], jax.Array]] = {
     p.exp_p: lambda y, dx: dx * y,

@@ -35,6 +35,7 @@ from jaxrnn._jaxpr import (
 )
 from jaxrnn._recurrence import run_split
 from jaxrnn._residuals import is_moving, symbolic_zero
+from jaxrnn._shared import share
 from jaxrnn._vmapped import scan_samples
 
 Array = jax.Array
@@ -208,8 +209,8 @@ def _first_row(xs: PyTree) -> PyTree:
 class Split(NamedTuple):
     """A body after fission: the plan, what it closes over, and the first carry, flat.
 
-    `traced` is the body as it was before, `program(*traced.consts, *carry, *x)`; `fused` says
-    whether its recurrences are run as kernels.
+    `traced` is the body before fission, `program(*traced.consts, *carry, *x)`; `fused` says whether
+    its recurrences are run as kernels.
     """
 
     plan: Plan
@@ -222,7 +223,7 @@ class Split(NamedTuple):
 def _run_for_gradients(
     split: Split, xs: list[Array], axes: list[int], steps: Steps, block: int
 ) -> tuple[list[Array], list[Array]]:
-    """`lax.scan` over the body as it was, and `run_split` as soon as a derivative is taken."""
+    """`lax.scan` over the body as a whole, and `run_split` as soon as a derivative is taken."""
 
     @jax.custom_jvp
     def run(
@@ -296,7 +297,8 @@ def trace_body(
     # JAX's rules of a product ask for the width that is allowed where they run, not where it is.
     if any(map(is_of_another_width, program.equations)):
         return None
-    has_product = any(is_heavy(e) and is_movable(e) for e in program.equations)
+    # Under `vmap` even one in a `cond` may leave the loop.
+    has_product = any(map(is_heavy, program.equations))
     if not has_product and method != "fused" and not kernels_pay(method):
         return None
     return traced, carry, x
@@ -304,6 +306,10 @@ def trace_body(
 
 def split_body(traced: Traced, carry: list[Array], x: list[Any], method: str) -> Split | None:
     """A body, from `trace_body`, after fission, or None where the engine stands aside."""
+    traced = share(traced, [*carry, *x])
+    has_product = any(is_heavy(e) and is_movable(e) for e in traced.program.equations)
+    if not has_product and method != "fused" and not kernels_pay(method):
+        return None
     example = [*traced.consts, *carry, *x]
     body = simplify(traced.program, len(traced.consts), len(carry), example)
     consts = (*body.consts, *traced.consts)

@@ -46,6 +46,7 @@ STEPS = (
     Step("LSTM, layer norm", gated.layer_norm_lstm, (MEDIUM,)),
     Step("Elman, weight norm", other.weight_norm, (MEDIUM,)),
     Step("GRU under cond", gated.cond, (MEDIUM,)),
+    Step("GRU, cond of each sample", gated.cond_per_sample, (MEDIUM,)),
     Step("inner scan", other.inner_scan, (MEDIUM,)),
     Step("convolutional LSTM", gated.conv_lstm, (Size(4, 64, 8, 16),)),
     Step("integer count", other.count, (MEDIUM,)),

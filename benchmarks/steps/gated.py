@@ -330,3 +330,17 @@ def cond(draw: Draw, size: Size) -> Loop:
 
     init = (jnp.zeros((), jnp.int32), draw.normal(B, H))
     return loop(body, draw.gates(3, D, H), init, draw.normal(T, B, D))
+
+
+def cond_per_sample(draw: Draw, size: Size) -> Loop:
+    """A mask as one would write it for one sample, under `vmap`, as in Equinox."""
+    B, T, D, H = size
+
+    def body(p):
+        def one(h, x):
+            h = lax.cond(x[0] > -1, lambda h: gru_cell(p, x, h), lambda h: h, h)
+            return h, h
+
+        return jax.vmap(one)
+
+    return loop(body, draw.gates(3, D, H), draw.normal(B, H), draw.normal(T, B, D))

@@ -200,6 +200,25 @@ def vmapped_inside(p):
     return f
 
 
+@body(consts=lambda d: layer()(d) | {"v": d(2, UNITS, UNITS)}, init=state())
+def branches_per_sample(p):
+    """Under `vmap` all branches run, on weights copied for each sample, and one is selected."""
+
+    def deep(h, x):
+        hidden = jnp.tanh(jnp.concatenate([x, h]) @ jnp.concatenate([p["w"], p["u"]]))
+        return jnp.sin(p["u"].T @ hidden - p["b"])
+
+    def stacked(h, x):
+        choice = (x[1] > 0).astype(int)
+        return lax.switch(choice, [lambda h: h @ p["v"][0], lambda h: p["v"][1] @ h], h)
+
+    def one(h, x):
+        h = lax.cond(x[0] > 0, deep, stacked, h, x)
+        return h, lax.cond(h[0] > x[0], lambda: h @ p["u"].T, lambda: h)
+
+    return jax.vmap(one)
+
+
 @body(consts=layer(), init=state())
 def stopped_gradient(p):
     def f(h, x):

@@ -1,0 +1,290 @@
+"""Weights that `vmap` copies for each sample, as it does for a `cond` of each, are shared again."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_same, scalar_of
+from jax import lax
+from structure import DOT, equations, loops, primitive_of
+
+import jaxrnn
+
+SAMPLES, TIME, FEATURES, UNITS, HEADS = 3, 5, 2, 4, 2
+SELECT = primitive_of(lambda w, x: lax.select_n(w, x, x), True, 1.0)
+SPLIT = functools.partial(jaxrnn.scan, method="sequential")
+
+
+def draw(*shape):
+    rng = np.random.default_rng(shape)
+    return jnp.asarray(0.5 * rng.standard_normal(shape), jnp.float32)
+
+
+P = {
+    "w": draw(FEATURES, UNITS),
+    "u": draw(UNITS, UNITS),
+    "b": draw(UNITS),
+    "gates": draw(UNITS, HEADS, UNITS),
+    "heads": draw(HEADS, UNITS // HEADS, UNITS // HEADS),
+    "experts": draw(3, UNITS, UNITS),
+}
+H, XS = draw(SAMPLES, UNITS), draw(TIME, SAMPLES, FEATURES)
+
+
+def elman(p, h, x):
+    return jnp.tanh(x @ p["w"] + h @ p["u"] + p["b"])
+
+
+def columns(p, h, x):
+    return jnp.tanh(p["w"].T @ x + p["u"] @ h - p["b"])
+
+
+def concatenating(p, h, x):
+    return jnp.tanh(jnp.concatenate([x, h]) @ jnp.concatenate([p["w"], p["u"]]) + p["b"])
+
+
+def deep(p, h, x):
+    return jnp.tanh(jnp.tanh(h @ p["u"] + p["b"]) @ p["u"].T) + x @ p["w"]
+
+
+def gated(p, h, x):
+    i, g = jnp.einsum("i,igh->gh", h, p["gates"])
+    return jax.nn.sigmoid(i) * h + jnp.tanh(g + x @ p["w"])
+
+
+def multi_head(p, h, x):
+    heads = jnp.einsum("hi,hio->ho", h.reshape(HEADS, -1), p["heads"])
+    return jnp.tanh(heads.reshape(-1) + x @ p["w"])
+
+
+def expert(p, h, x):
+    branches = [lambda h, i=i: jnp.tanh(x @ p["w"] + h @ p["experts"][i]) for i in range(3)]
+    return lax.switch(jnp.argmax(h[:3]), branches, h)
+
+
+def several_rows(p, h, x):
+    return jnp.tanh((h.reshape(2, -1) @ p["heads"][0]).reshape(-1) + x @ p["w"])
+
+
+def normalised(p, h, x):
+    """With a number of each sample in it, and a rule of its own for the derivative."""
+    hidden = jax.nn.relu(x[0] * p["b"] + h @ p["u"] + 1)
+    return jax.nn.standardize(hidden) @ p["u"]
+
+
+def nested(p, h, x):
+    return lax.cond(h[0] > 0, elman, deep, p, h, x)
+
+
+CELLS = [
+    elman, columns, concatenating, deep, gated, multi_head, several_rows, normalised, expert,
+    nested,
+]  # fmt: skip
+
+
+def if_positive(cell, p):
+    """A step of one sample: the cell, or where x is negative the state as it was."""
+
+    def step(h, x):
+        h = lax.cond(x[0] > 0, lambda: cell(p, h, x), lambda: h)
+        return h, h
+
+    return step
+
+
+def in_the_step(scan, cell, p, h, xs):
+    return scan(jax.vmap(if_positive(cell, p)), h, xs)
+
+
+def around_the_loop(scan, cell, p, h, xs):
+    return jax.vmap(lambda h, xs: scan(if_positive(cell, p), h, xs), (0, 1))(h, xs)
+
+
+def products_per_sample(program):
+    """The batched products in loops, but for those of heads."""
+    found = [e for body in loops(program.jaxpr) for e, _ in equations(body) if e.primitive is DOT]
+    batches = [
+        [e.invars[0].aval.shape[axis] for axis in e.params["dimension_numbers"][1][0]]
+        for e in found
+    ]
+    return found, [lengths for lengths in batches if SAMPLES in lengths]
+
+
+@pytest.mark.parametrize("mapped", [in_the_step, around_the_loop])
+@pytest.mark.parametrize("cell", CELLS)
+def test_one_product_for_all_samples(cell, mapped):
+    def loss(scan, *args):
+        results = mapped(scan, cell, *args)
+        return scalar_of(results), results
+
+    def run(scan):
+        return jax.jit(jax.value_and_grad(functools.partial(loss, scan), (0, 1, 2), has_aux=True))
+
+    assert_same(run(SPLIT)(P, H, XS), run(lax.scan)(P, H, XS), scale=10)
+    found, per_sample = products_per_sample(jax.make_jaxpr(run(SPLIT))(P, H, XS))
+    assert found
+    assert not per_sample
+
+
+def test_forward_mode():
+    def run(scan):
+        return jax.jvp(lambda p: in_the_step(scan, nested, p, H, XS), (P,), (P,))
+
+    assert_same(run(SPLIT), run(lax.scan), scale=10)
+
+
+def test_weights_repeated_by_hand():
+    def run(scan, u):
+        def step(h, x):
+            copies = jnp.broadcast_to(u, (SAMPLES, UNITS, UNITS))
+            h = jnp.tanh(x @ P["w"] + jnp.einsum("bi,bio->bo", h, copies))
+            return h, h
+
+        return scan(step, H, XS)
+
+    def gradient(scan):
+        return jax.grad(lambda u: scalar_of(run(scan, u)))
+
+    assert_same(gradient(SPLIT)(P["u"]), gradient(lax.scan)(P["u"]), scale=10)
+    found, per_sample = products_per_sample(jax.make_jaxpr(gradient(SPLIT))(P["u"]))
+    assert found
+    assert not per_sample
+
+
+def test_each_factor_keeps_its_precision():
+    def cell(p, h, x):
+        return jnp.dot(p["u"], h, precision=("highest", "default")) + x @ p["w"]
+
+    found, _ = products_per_sample(jax.make_jaxpr(in_the_step, (0, 1))(SPLIT, cell, P, H, XS))
+    (product,) = (e for e in found if e.params["precision"] is not None)
+    weights = [operand.aval.shape for operand in product.invars].index((UNITS, UNITS))
+    assert product.params["precision"][weights] == lax.Precision.HIGHEST
+    assert product.params["precision"][1 - weights] == lax.Precision.DEFAULT
+
+
+def root(p, h, x):
+    """Has an infinite derivative where x is zero."""
+    return jnp.sqrt(x @ p["w"] * 0 + x[0]) + h @ p["u"]
+
+
+def overflow(p, h, x):
+    """Multiplies the weights with infinity where x is negative."""
+    return jnp.tanh((jnp.exp(-1e4 * x[:1]) * h) @ p["u"])
+
+
+def of_infinite_states(p, h, x):
+    return elman(p, jnp.where(x[0] > 0, h, jnp.inf), x)
+
+
+@pytest.mark.parametrize("cell", [root, overflow, of_infinite_states])
+@pytest.mark.parametrize("mapped", [in_the_step, around_the_loop])
+def test_a_branch_not_taken_leaves_no_trace(cell, mapped):
+    xs = XS.at[:, 1].set(-1).at[:, 2, 0].set(0)
+
+    def gradient(scan):
+        return jax.grad(lambda *args: scalar_of(mapped(scan, cell, *args)), (0, 1, 2))(P, H, xs)
+
+    expected = gradient(lax.scan)
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(expected))
+    assert_same(gradient(SPLIT), expected, scale=10)
+
+
+def for_some(which, v):
+    """`v`, without a derivative where `which` is not, as before a branch."""
+    return lax.select_n(spread(which, v), lax.stop_gradient(v), v)
+
+
+def spread(which, v):
+    return lax.broadcast_in_dim(which, v.shape, (0,))
+
+
+@pytest.mark.parametrize("reader", ["all", "the sum", "those selected"])
+def test_rows_that_somebody_reads_are_as_they_were(reader):
+    """Some by all samples, some only by those with a derivative, but of all."""
+
+    def run(scan, p):
+        def step(h, x):
+            which = x[:, 0] > 0
+            copies = jnp.broadcast_to(p["u"], (SAMPLES, UNITS, UNITS))
+            y = jnp.einsum("bi,bio->bo", for_some(which, h), for_some(which, copies))
+            if reader == "the sum":
+                y = y + y.sum(0)
+            if reader != "all":
+                y = lax.select_n(spread(which, y), h, y)
+            h = jnp.tanh(y + x @ p["w"])
+            return h, h
+
+        return scan(step, H, XS)
+
+    def gradient(scan):
+        return jax.value_and_grad(lambda p: scalar_of(run(scan, p)))
+
+    assert_same(gradient(SPLIT)(P), gradient(lax.scan)(P), scale=10)
+    _, per_sample = products_per_sample(jax.make_jaxpr(gradient(SPLIT))(P))
+    assert bool(per_sample) == (reader != "those selected")
+
+
+def test_weights_of_their_own_are_not_selected():
+    """An ensemble, each with weights of its own: it is products that wait for the selection."""
+    weights = jax.tree.map(lambda leaf: jnp.stack([leaf] * SAMPLES), P)
+
+    def run(scan, p):
+        def step(h, x):
+            h = jax.vmap(lambda p, h, x: if_positive(elman, p)(h, x)[0])(p, h, x)
+            return h, h
+
+        return scan(step, H, XS)
+
+    def gradient(scan):
+        return jax.grad(lambda p: scalar_of(run(scan, p)))
+
+    assert_same(gradient(SPLIT)(weights), gradient(lax.scan)(weights), scale=10)
+    program = jax.make_jaxpr(gradient(SPLIT))(weights)
+    selected = [
+        e.outvars[0].aval.shape
+        for body in loops(program.jaxpr)
+        for e, _ in equations(body)
+        if e.primitive is SELECT
+    ]
+    assert selected
+    assert (SAMPLES, UNITS, UNITS) not in selected
+
+
+@pytest.mark.parametrize("stopped", ["rows", "weights", "a term"])
+def test_a_derivative_stopped_for_one_operand_alone(stopped):
+    """The other has one for all samples, and keeps it."""
+
+    def run(scan, p):
+        def step(h, x):
+            which = x[:, 0] > 0
+            members = p["u"] * jnp.arange(1.0, SAMPLES + 1)[:, None, None]
+            rows = for_some(which, h) if stopped == "rows" else h
+            weights = for_some(which, members) if stopped == "weights" else members
+            y = jnp.einsum("bi,bio->bo", rows, weights)
+            y = y + (for_some(which, h) if stopped == "a term" else h)
+            h = jnp.tanh(x @ p["w"] + y)
+            return h, h
+
+        return scan(step, H, XS)
+
+    def gradient(scan):
+        return jax.grad(lambda p: scalar_of(run(scan, p)))(P)
+
+    assert_same(gradient(SPLIT), gradient(lax.scan), scale=10)
+
+
+def test_results_alone_share_weights_too():
+    """Also where plain `lax.scan` would have them as soon, had the weights not been copied."""
+    weights = [draw(FEATURES, UNITS), draw(256, 256)]
+
+    def run(h, xs):
+        def step(h, x):
+            return lax.cond(x[0] > 0, lambda: jnp.tanh(h @ weights[1]), lambda: h), ()
+
+        return jax.vmap(lambda h, xs: jaxrnn.scan(step, h, xs), (0, 1))(h, xs)
+
+    found, per_sample = products_per_sample(jax.make_jaxpr(run)(draw(SAMPLES, 256), XS))
+    assert found
+    assert not per_sample
