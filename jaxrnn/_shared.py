@@ -8,10 +8,11 @@ does not take, a selection stands before all that the branch reads:
     select(taken, stop_gradient(v), v)
 
 Here copies and selections wait until a product of rows and copied weights has become one of all
-rows and the weights; the selection is then made among its rows. They wait for linear operations
-alone: others may have an infinite derivative, and that has to be behind the selection. And as the
-weights' gradient is now a sum over all samples, where whatever a sample has computed counts, the
-rows of those that do not take the branch are zeros, if it is certain that nobody reads theirs.
+rows and the weights, or what samples look up in a copied table comes from that table; the selection
+is then made among the rows. They wait for linear operations alone: others may have an infinite
+derivative, and that has to be behind the selection. And as the weights' gradient is now a sum over
+all samples, where whatever a sample has computed counts, the rows of those that do not take the
+branch are zeros, if it is certain that nobody reads theirs.
 """
 
 from collections import defaultdict
@@ -53,6 +54,7 @@ from jaxrnn._primitives import (
     convert_element_type_p,
     dot_general_p,
     eq_p,
+    gather_p,
     neg_p,
     reshape_p,
     select_n_p,
@@ -72,7 +74,7 @@ Gate = tuple[Var, bool]
 
 def share(traced: Traced, args: Sequence[Any]) -> Traced:
     """`traced`, a function of `args`, without products per sample of weights that all share."""
-    if not any(map(_has_product_per_sample, traced.program.equations)):
+    if not any(map(_reads_by_sample, traced.program.equations)):
         return traced
     given = [*traced.consts, *args]
     inlined = trace(lambda *values: inline(traced.program, *values), *given)
@@ -84,11 +86,14 @@ def share(traced: Traced, args: Sequence[Any]) -> Traced:
     return traced._replace(program=shared.program, consts=consts)
 
 
-def _has_product_per_sample(equation: Equation) -> bool:
+def _reads_by_sample(equation: Equation) -> bool:
+    """Whether samples are multiplied with an array for each, or look up something in one."""
     if equation.primitive is dot_general_p:
         _, (batch, _) = equation.params["dimension_numbers"]
         return bool(batch)
-    return any(map(_has_product_per_sample, inner_equations(equation)))
+    if equation.primitive is gather_p:
+        return bool(equation.params["dimension_numbers"].operand_batching_dims)
+    return any(map(_reads_by_sample, inner_equations(equation)))
 
 
 class _Waiting(NamedTuple):
@@ -163,13 +168,12 @@ class _Sharing:
         behind: dict[Var, frozenset[Gate]] = dict.fromkeys(self.program.invars, frozenset())
         for equation in self.program.equations:
             operands = variables(equation.invars)
-            moving = [v for v in operands if jnp.issubdtype(dtype(v), jnp.inexact)]
-            passed = every.intersection(*(behind[v] for v in moving))
+            passed = every.intersection(*(behind[v] for v in operands if _is_moving(v)))
             if equation.primitive is stop_gradient_p:
                 passed = every
             elif id(equation) in self.gates:
                 passed |= {self.gates[id(equation)]}
-            behind |= dict.fromkeys(equation.outvars, passed)
+            behind |= {v: passed if _is_moving(v) else every for v in equation.outvars}
         return behind
 
     def _ahead(self) -> dict[Var, frozenset[Gate]]:
@@ -213,12 +217,14 @@ class _Sharing:
         waiting = [x for x in operands if isinstance(x, _Waiting)]
         gates = tuple(dict.fromkeys(gate for x in waiting for gate in x.gates))
         if not waiting or not all(
-            self.behind[v].issuperset(gates) for v in variables(equation.invars)
+            self.behind[v].issuperset(gates) for v in variables(equation.invars) if _is_moving(v)
         ):
             return None
         samples = waiting[0].samples
         if equation.primitive is dot_general_p:
             outs = self._product(equation, operands, gates)
+        elif equation.primitive is gather_p:
+            outs = self._lookup(equation, operands)
         elif all(isinstance(x, _Waiting) and x.is_copied for x in operands):
             outs = _row_by_row(equation, [x.array for x in operands], 1)
         else:
@@ -263,6 +269,25 @@ class _Sharing:
         wanted = [*((rows, i) for i in batch[rows]), *free[0], *free[1]]
         return [lax.transpose(out, [made.index(axis) for axis in wanted])]
 
+    def _lookup(self, equation: Equation, operands: Sequence[Any]) -> list[Array] | None:
+        """What samples look up, if it is in copies of one table, from that table."""
+        table, indices = operands
+        params = dict(equation.params)
+        numbers = params["dimension_numbers"]
+        alone = (numbers.operand_batching_dims, numbers.start_indices_batching_dims) == ((0,), (0,))
+        if not (isinstance(table, _Waiting) and table.is_copied and alone):
+            return None
+        self.found = True
+        params["dimension_numbers"] = lax.GatherDimensionNumbers(
+            offset_dims=numbers.offset_dims,
+            collapsed_slice_dims=tuple(axis - 1 for axis in numbers.collapsed_slice_dims),
+            start_index_map=tuple(axis - 1 for axis in numbers.start_index_map),
+        )
+        params["slice_sizes"] = params["slice_sizes"][1:]
+        params |= {"indices_are_sorted": False, "unique_indices": False}
+        array = lax.squeeze(table.array, (0,))
+        return bind(equation.replace(params=params), [array, _repeated(indices)])
+
     def _value(self, atom: Atom) -> Any:
         """The value of an atom, which waits no longer."""
         value = read(self.env, atom)
@@ -305,6 +330,11 @@ def _row_by_row(equation: Equation, operands: Sequence[Array], samples: int) -> 
     for name in {"limit_indices", "new_sizes"} & params.keys():
         params[name] = (samples, *params[name][1:])
     return bind(equation.replace(params=params), operands)
+
+
+def _is_moving(atom: Atom) -> bool:
+    """Whether it may have a derivative."""
+    return bool(jnp.issubdtype(dtype(atom), jnp.inexact))
 
 
 def _is_index(atom: Atom) -> bool:

@@ -14,6 +14,7 @@ import jaxrnn
 
 SAMPLES, TIME, FEATURES, UNITS, HEADS = 3, 5, 2, 4, 2
 SELECT = primitive_of(lambda w, x: lax.select_n(w, x, x), True, 1.0)
+GATHER = primitive_of(lambda x, i: x.at[i].get(mode="clip"), jnp.ones(3), np.array([1, 2]))
 SPLIT = functools.partial(jaxrnn.scan, method="sequential")
 
 
@@ -126,6 +127,26 @@ def test_one_product_for_all_samples(cell, mapped):
     found, per_sample = products_per_sample(jax.make_jaxpr(run(SPLIT))(P, H, XS))
     assert found
     assert not per_sample
+
+
+@pytest.mark.parametrize("mapped", [in_the_step, around_the_loop])
+def test_samples_look_up_in_one_table(mapped):
+    """Several at the same place, one beyond the end, and one that depends on the state."""
+
+    def lookup(p, h, x):
+        place = jnp.array([0, jnp.where(x[1] > 0, 1, 5), jnp.argmax(h)])
+        return jnp.tanh(p["u"][place].sum(0) + h * p["w"][0, place[1]])
+
+    def gradient(scan):
+        return jax.grad(lambda *args: scalar_of(mapped(scan, lookup, *args)), (0, 1))
+
+    assert_same(gradient(SPLIT)(P, H, XS), gradient(lax.scan)(P, H, XS), scale=10)
+    program = jax.make_jaxpr(gradient(SPLIT))(P, H, XS)
+    numbers = [
+        e.params["dimension_numbers"] for e, _ in equations(program.jaxpr) if e.primitive is GATHER
+    ]
+    assert numbers
+    assert not any(found.operand_batching_dims for found in numbers)
 
 
 def test_forward_mode():
