@@ -120,9 +120,11 @@ class _Sharing:
         gates = ((id(e), self._gate(e)) for e in program.equations)
         self.gates = {name: gate for name, gate in gates if gate is not None}
         self.equal: dict[Any, list[Var]] = defaultdict(list)
-        for e in program.equations:
-            if e.primitive is eq_p and isinstance(e.invars[1], Literal) and _is_index(e.invars[0]):
-                self.equal[e.invars[0], int(e.invars[1].val)].append(e.outvars[0])
+        for index, number, predicate in (
+            (*e.invars, *e.outvars) for e in program.equations if e.primitive is eq_p
+        ):
+            if isinstance(index, Var) and isinstance(number, Literal) and _is_index(index):
+                self.equal[index, int(number.val)].append(predicate)
         self.behind, self.ahead = self._behind(), self._ahead()
         self.found = False
 
@@ -213,7 +215,8 @@ class _Sharing:
                 value = _Waiting(value, len(value), ())
             return [value._replace(gates=(*value.gates, gate))]
         if _copies(equation):
-            return [_Waiting(operands[0][None], shape(equation.outvars[0])[0], ())]
+            array = self._value(equation.invars[0])[None]
+            return [_Waiting(array, shape(equation.outvars[0])[0], ())]
         waiting = [x for x in operands if isinstance(x, _Waiting)]
         gates = tuple(dict.fromkeys(gate for x in waiting for gate in x.gates))
         if not waiting or not all(
@@ -311,8 +314,10 @@ def _copies(equation: Equation) -> bool:
     """Whether `equation` repeats an array along a new first axis."""
     if equation.primitive is not broadcast_in_dim_p or isinstance(equation.invars[0], Literal):
         return False
-    before, (samples, *after) = shape(equation.invars[0]), shape(equation.outvars[0]) or (1,)
-    return bool(before) and samples > 1 and list(before) == after
+    rank, whole = len(shape(equation.invars[0])), shape(equation.outvars[0])
+    axes = tuple(equation.params["broadcast_dimensions"])
+    stays = shape(equation.invars[0]) == whole[1:] and axes == tuple(range(1, rank + 1))
+    return rank > 0 and stays and whole[0] > 1
 
 
 def _repeated(value: Any) -> Any:

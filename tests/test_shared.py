@@ -103,19 +103,21 @@ def around_the_loop(scan, cell, p, h, xs):
     return jax.vmap(lambda h, xs: scan(if_positive(cell, p), h, xs), (0, 1))(h, xs)
 
 
-def products_per_sample(program):
+def products_per_sample(program, samples=SAMPLES):
     """The batched products in loops, but for those of heads."""
     found = [e for body in loops(program.jaxpr) for e, _ in equations(body) if e.primitive is DOT]
     batches = [
         [e.invars[0].aval.shape[axis] for axis in e.params["dimension_numbers"][1][0]]
         for e in found
     ]
-    return found, [lengths for lengths in batches if SAMPLES in lengths]
+    return found, [lengths for lengths in batches if samples in lengths]
 
 
-@pytest.mark.parametrize("mapped", [in_the_step, around_the_loop])
+@pytest.mark.parametrize(("mapped", "samples"), [(in_the_step, UNITS), (around_the_loop, SAMPLES)])
 @pytest.mark.parametrize("cell", CELLS)
-def test_one_product_for_all_samples(cell, mapped):
+def test_one_product_for_all_samples(cell, mapped, samples):
+    h, xs = draw(samples, UNITS), draw(TIME, samples, FEATURES)
+
     def loss(scan, *args):
         results = mapped(scan, cell, *args)
         return scalar_of(results), results
@@ -123,8 +125,8 @@ def test_one_product_for_all_samples(cell, mapped):
     def run(scan):
         return jax.jit(jax.value_and_grad(functools.partial(loss, scan), (0, 1, 2), has_aux=True))
 
-    assert_same(run(SPLIT)(P, H, XS), run(lax.scan)(P, H, XS), scale=10)
-    found, per_sample = products_per_sample(jax.make_jaxpr(run(SPLIT))(P, H, XS))
+    assert_same(run(SPLIT)(P, h, xs), run(lax.scan)(P, h, xs), scale=10)
+    found, per_sample = products_per_sample(jax.make_jaxpr(run(SPLIT))(P, h, xs), samples)
     assert found
     assert not per_sample
 
@@ -134,7 +136,7 @@ def test_samples_look_up_in_one_table(mapped):
     """Several at the same place, one beyond the end, and one that depends on the state."""
 
     def lookup(p, h, x):
-        place = jnp.array([0, jnp.where(x[1] > 0, 1, 5), jnp.argmax(h)])
+        place = jnp.array([0, jnp.where(x[1] > 0, 1, 5), jnp.argmax(h) % 3])
         return jnp.tanh(p["u"][place].sum(0) + h * p["w"][0, place[1]])
 
     def gradient(scan):
@@ -147,6 +149,26 @@ def test_samples_look_up_in_one_table(mapped):
     ]
     assert numbers
     assert not any(found.operand_batching_dims for found in numbers)
+
+
+@pytest.mark.parametrize("cell", [deep, expert, nested])
+def test_an_ensemble_of_branches_per_sample(cell):
+    """What is copied for each sample is copied again for each member, whose states differ."""
+
+    def run(scan, p):
+        def member(scale):
+            def one(h, x):
+                h = lax.cond(h[1] > 0, lambda: cell(p, scale * h, x), lambda: h + x[0])
+                return h, h
+
+            return scan(jax.vmap(one), H, XS)
+
+        return jax.vmap(member)(jnp.arange(1.0, 3))
+
+    def gradient(scan):
+        return jax.grad(lambda p: scalar_of(run(scan, p)))(P)
+
+    assert_same(gradient(SPLIT), gradient(lax.scan), scale=10)
 
 
 def test_forward_mode():
