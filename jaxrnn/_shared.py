@@ -120,11 +120,11 @@ class _Sharing:
         gates = ((id(e), self._gate(e)) for e in program.equations)
         self.gates = {name: gate for name, gate in gates if gate is not None}
         self.equal: dict[Any, list[Var]] = defaultdict(list)
-        for index, number, predicate in (
-            (*e.invars, *e.outvars) for e in program.equations if e.primitive is eq_p
-        ):
-            if isinstance(index, Var) and isinstance(number, Literal) and _is_index(index):
-                self.equal[index, int(number.val)].append(predicate)
+        for equation in program.equations:
+            if equation.primitive is eq_p:
+                index, number = equation.invars
+                if isinstance(index, Var) and isinstance(number, Literal) and _is_index(index):
+                    self.equal[index, int(number.val)] += equation.outvars
         self.behind, self.ahead = self._behind(), self._ahead()
         self.found = False
 

@@ -234,6 +234,22 @@ def test_a_branch_not_taken_leaves_no_trace(cell, mapped):
     assert_same(gradient(SPLIT), expected, scale=10)
 
 
+def test_copies_of_copies():
+    def run(scan, u):
+        def step(h, x):
+            copies = lax.broadcast_in_dim(u, (SAMPLES, UNITS, UNITS), (1, 2))
+            again = lax.broadcast_in_dim(copies, (2, *copies.shape), (1, 2, 3))
+            h = jnp.tanh(jnp.einsum("mbi,mbio->bo", jnp.stack([h, x @ P["w"]]), again))
+            return h, h
+
+        return scan(step, H, XS)
+
+    def gradient(scan):
+        return jax.grad(lambda u: scalar_of(run(scan, u)))(P["u"])
+
+    assert_same(gradient(SPLIT), gradient(lax.scan), scale=10)
+
+
 def for_some(which, v):
     """`v`, without a derivative where `which` is not, as before a branch."""
     return lax.select_n(spread(which, v), lax.stop_gradient(v), v)
