@@ -169,8 +169,13 @@ class _Sharing:
         every = frozenset(self.gates.values())
         behind: dict[Var, frozenset[Gate]] = dict.fromkeys(self.program.invars, frozenset())
         for equation in self.program.equations:
-            operands = variables(equation.invars)
-            passed = every.intersection(*(behind[v] for v in operands if _is_moving(v)))
+            passed = every.intersection(
+                *(
+                    behind[atom] if _is_by_sample(equation, i) else frozenset()
+                    for i, atom in enumerate(equation.invars)
+                    if isinstance(atom, Var) and _is_moving(atom)
+                )
+            )
             if equation.primitive is stop_gradient_p:
                 passed = every
             elif id(equation) in self.gates:
@@ -247,13 +252,15 @@ class _Sharing:
             self.found |= bool(gates)
             return bind(equation, list(map(_repeated, operands)))
         rows, weights = copied.index(False), copied.index(True)
-        if 0 not in batch[weights] or not self.ahead[equation.outvars[0]].issuperset(gates):
+        if batch[weights][:1] != (0,) or (gates and batch[rows][0] != 0):
+            return None
+        if not self.ahead[equation.outvars[0]].issuperset(gates):
             return None
         self.found = True
         lhs, rhs = _repeated(operands[rows]), lax.squeeze(operands[weights].array, (0,))
         for gate in gates:
             lhs = self._select(gate, lhs, jnp.zeros_like(lhs))
-        sample = batch[rows][batch[weights].index(0)]
+        sample = batch[rows][0]
         kept = [(i, j - 1) for i, j in zip(batch[rows], batch[weights], strict=True) if j]
         if weights == 0 and isinstance(params["precision"], tuple):
             params["precision"] = params["precision"][::-1]
@@ -277,8 +284,8 @@ class _Sharing:
         table, indices = operands
         params = dict(equation.params)
         numbers = params["dimension_numbers"]
-        alone = (numbers.operand_batching_dims, numbers.start_indices_batching_dims) == ((0,), (0,))
-        if not (isinstance(table, _Waiting) and table.is_copied and alone):
+        by_sample = _is_by_sample(equation, 0) and len(numbers.operand_batching_dims) == 1
+        if not (isinstance(table, _Waiting) and table.is_copied and by_sample):
             return None
         self.found = True
         params["dimension_numbers"] = lax.GatherDimensionNumbers(
@@ -371,15 +378,22 @@ def _is_by_sample(equation: Equation, operand: int) -> bool:
         return False
     if primitive is dot_general_p:
         contracted, batch = params["dimension_numbers"]
-        return batch[operand][0] == 0 if batch[0] else operand == 0 and 0 not in contracted[0]
-    if primitive is broadcast_in_dim_p:
-        return params["broadcast_dimensions"][0] == 0
-    if primitive in REDUCTIONS:
-        return 0 not in params["axes"]
-    if calls(equation):
+        keeps = batch[operand][0] == 0 if batch[0] else operand == 0 and 0 not in contracted[0]
+    elif primitive is gather_p:
+        numbers = params["dimension_numbers"]
+        batch = numbers.operand_batching_dims, numbers.start_indices_batching_dims
+        keeps = all(axes[:1] == (0,) for axes in batch) and 0 not in numbers.offset_dims
+    elif primitive is broadcast_in_dim_p:
+        keeps = params["broadcast_dimensions"][0] == 0
+    elif primitive in REDUCTIONS:
+        keeps = 0 not in params["axes"]
+    elif calls(equation):
         inner = inner_equations(equation)
-        return all(_is_by_sample(e, i) for e in inner for i, a in enumerate(e.invars) if shape(a))
-    return primitive in _LINEAR | IN_KERNELS | TRANSCENDENTAL or _keeps_first_axis(equation)
+        keeps = all(_is_by_sample(e, i) for e in inner for i, a in enumerate(e.invars) if shape(a))
+    else:
+        by_element = primitive in _LINEAR | IN_KERNELS | TRANSCENDENTAL
+        keeps = by_element or _keeps_first_axis(equation)
+    return keeps
 
 
 _LINEAR = frozenset({add_p, add_any_p, convert_element_type_p, neg_p, stop_gradient_p, sub_p})

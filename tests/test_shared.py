@@ -250,6 +250,34 @@ def test_copies_of_copies():
     assert_same(gradient(SPLIT), gradient(lax.scan), scale=10)
 
 
+def test_samples_along_another_axis():
+    """Heads first, samples second; and as many units as samples, of which the transpose is read."""
+    square, xs = draw(SAMPLES, SAMPLES), draw(TIME, SAMPLES, SAMPLES)
+
+    def run(scan, u):
+        def step(h, x):
+            which = x[:, 0] > 0
+            copies = for_some(which, jnp.broadcast_to(u, (SAMPLES, *u.shape)))
+            rows = for_some(which, h)
+            stopped = jnp.einsum("bi,bio->bo", rows.T, copies) + for_some(which, h)
+            again = jnp.broadcast_to(u, (SAMPLES, *u.shape))
+            heads = jnp.stack([h, x, h * x])
+            swapped = lax.dot_general(
+                heads, jnp.stack([again] * 3), (((2,), (2,)), ((0, 1), (0, 1)))
+            )
+            numbers = (((2,), (1,)), ((1,), (0,)))
+            second = lax.dot_general(heads, again, numbers).sum(1)
+            h = jnp.tanh(rows.T + for_some(which, h @ u) + stopped + swapped.sum(0) + second)
+            return h, h
+
+        return scan(step, square, xs)
+
+    def gradient(scan):
+        return jax.value_and_grad(lambda u: scalar_of(run(scan, u)))(square)
+
+    assert_same(gradient(SPLIT), gradient(lax.scan), scale=20)
+
+
 def for_some(which, v):
     """`v`, without a derivative where `which` is not, as before a branch."""
     return lax.select_n(spread(which, v), lax.stop_gradient(v), v)
