@@ -44,10 +44,12 @@ def is_worthwhile(plan: Plan) -> bool:
 
 
 def kernels_pay(method: str) -> bool:
-    """Whether kernels are to be used wherever they fit, and were measured to be faster.
+    """Whether kernels are to be used wherever they fit: asked for, or measured to be faster.
 
     That was on an H100. Over several devices the compiler splits loops, but not kernels.
     """
+    if method == "fused":
+        return True
     device = placement.gpu() if method == "auto" and jax.device_count() == 1 else None
     if device is None or device.compute_capability != "9.0":
         return False
@@ -60,7 +62,7 @@ def fits_kernel(plan: Plan, method: str) -> bool:
     Raises:
         ValueError: if this is asked for and one does not fit.
     """
-    if method != "fused" and not kernels_pay(method):
+    if not kernels_pay(method):
         return False
     loops = [stage.loop for stage in plan.stages if stage.loop is not None]
     if method != "fused" and _blocks_of_threads(plan) > placement.gpu().core_count:

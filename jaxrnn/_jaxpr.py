@@ -292,6 +292,14 @@ def multiply_adds(equation: Equation) -> int:
     return per_output * size(equation.outvars[0])
 
 
+def product_options(equation: Equation, *, swapped: bool) -> dict[str, Any]:
+    """The parameters of a matrix product but for its axes; with its operands `swapped`."""
+    options = {name: x for name, x in equation.params.items() if name != "dimension_numbers"}
+    if swapped and isinstance(options["precision"], tuple):
+        options["precision"] = options["precision"][::-1]
+    return options
+
+
 def inner_equations(equation: Equation) -> list[Equation]:
     """The equations of the functions that `equation` calls."""
     return [inner for jaxpr in _inner_jaxprs(equation) for inner in jaxpr.eqns]

@@ -23,6 +23,7 @@ from jaxrnn._jaxpr import (
     bind,
     dependents,
     is_elementwise,
+    product_options,
     read,
     shape,
 )
@@ -141,16 +142,14 @@ class Orientation:
 def _product(equation: Equation, lhs: Array, rhs: Array, weights: int) -> Any:
     """A product of rows and weights as `rows @ matrix`, the matrix as it is read: row by row."""
     rows, matrix = (rhs, lhs) if weights == 0 else (lhs, rhs)
-    params = dict(equation.params)
-    contracted, _ = params.pop("dimension_numbers")
+    contracted, _ = equation.params["dimension_numbers"]
     (axis,) = contracted[weights]
     others = [i for i in range(matrix.ndim) if i != axis]
     free = [matrix.shape[i] for i in others]
-    if weights == 0 and isinstance(params["precision"], tuple):
-        params["precision"] = params["precision"][::-1]
     matrix = lax.transpose(matrix, [axis, *others]) if axis else matrix
     matrix = lax.reshape(matrix, (len(matrix), math.prod(free))) if free[1:] else matrix
-    out = lax.dot_general(rows, matrix, (((rows.ndim - 1,), (0,)), ((), ())), **params)
+    options = product_options(equation, swapped=weights == 0)
+    out = lax.dot_general(rows, matrix, (((rows.ndim - 1,), (0,)), ((), ())), **options)
     out = lax.reshape(out, (*rows.shape[:-1], *free)) if free[1:] else out
     if weights == 1:
         return out

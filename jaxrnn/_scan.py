@@ -299,7 +299,7 @@ def trace_body(
         return None
     # Under `vmap` even one in a `cond` may leave the loop.
     has_product = any(map(is_heavy, program.equations))
-    if not has_product and method != "fused" and not kernels_pay(method):
+    if not has_product and not kernels_pay(method):
         return None
     return traced, carry, x
 
@@ -308,7 +308,7 @@ def split_body(traced: Traced, carry: list[Array], x: list[Any], method: str) ->
     """A body, from `trace_body`, after fission, or None where the engine stands aside."""
     traced = share(traced, [*carry, *x])
     has_product = any(is_heavy(e) and is_movable(e) for e in traced.program.equations)
-    if not has_product and method != "fused" and not kernels_pay(method):
+    if not has_product and not kernels_pay(method):
         return None
     example = [*traced.consts, *carry, *x]
     body = simplify(traced.program, len(traced.consts), len(carry), example)
@@ -322,7 +322,7 @@ def split_body(traced: Traced, carry: list[Array], x: list[Any], method: str) ->
 
 def _is_kernel(body: tuple[Traced, list[Array], list[Any]], method: str) -> bool:
     """Whether a body, from `trace_body`, runs as kernels as it is."""
-    if method != "fused" and not kernels_pay(method):
+    if not kernels_pay(method):
         return False
     try:
         split = split_body(*body, method)

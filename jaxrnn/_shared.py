@@ -36,6 +36,7 @@ from jaxrnn._jaxpr import (
     dtype,
     inline,
     inner_equations,
+    product_options,
     read,
     shape,
     trace,
@@ -243,8 +244,7 @@ class _Sharing:
         self, equation: Equation, operands: Sequence[Any], gates: Sequence[Gate]
     ) -> list[Array] | None:
         """A product per sample; if one factor is copied and one is not, as a product of all."""
-        params = dict(equation.params)
-        contracted, batch = params.pop("dimension_numbers")
+        contracted, batch = equation.params["dimension_numbers"]
         copied = [isinstance(x, _Waiting) and x.is_copied for x in operands]
         if copied[0] == copied[1]:
             if batch[0][:1] != (0,) or batch[1][:1] != (0,):
@@ -262,13 +262,12 @@ class _Sharing:
             lhs = self._select(gate, lhs, jnp.zeros_like(lhs))
         sample = batch[rows][0]
         kept = [(i, j - 1) for i, j in zip(batch[rows], batch[weights], strict=True) if j]
-        if weights == 0 and isinstance(params["precision"], tuple):
-            params["precision"] = params["precision"][::-1]
         dimensions = (
             (contracted[rows], [j - 1 for j in contracted[weights]]),
             ([i for i, _ in kept], [j for _, j in kept]),
         )
-        out = lax.dot_general(lhs, rhs, dimensions, **params)
+        options = product_options(equation, swapped=weights == 0)
+        out = lax.dot_general(lhs, rhs, dimensions, **options)
 
         free = [
             [(side, i) for i in range(ndim) if i not in (*contracted[side], *batch[side])]
