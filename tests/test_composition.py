@@ -101,6 +101,12 @@ def value_and_gradient(call):
     return jax.value_and_grad(function, has_aux=True)
 
 
+@functools.cache
+def expected_value_and_gradient(form):
+    """What `value_and_gradient` is to give, compiled once: several tests compare with it."""
+    return jax.jit(value_and_gradient(theirs(form)))
+
+
 def stack(trees):
     return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 
@@ -122,11 +128,11 @@ def test_vmap_over_parameters(form):
     shared = several[0]
     members = [one.params for one in several]
 
-    def of_params(call):
-        return lambda params: value_and_gradient(call)(shared._replace(params=params))
+    def member(params):
+        return value_and_gradient(ours(form))(shared._replace(params=params))
 
-    actual = jax.jit(jax.vmap(of_params(ours(form))))(stack(members))
-    expected = [jax.jit(of_params(theirs(form)))(params) for params in members]
+    actual = jax.jit(jax.vmap(member))(stack(members))
+    expected = [expected_value_and_gradient(form)(shared._replace(params=p)) for p in members]
     assert_same(actual, stack(expected), scale=10)
 
 
@@ -165,10 +171,6 @@ def jacfwd_over_grad(call):
     return lambda o: jax.jacfwd(gradient, (0, 1))(o.params["u"], o.state, o)
 
 
-def checkpoint(call):
-    return value_and_gradient(jax.checkpoint(call))
-
-
 def scan_of_rnn(call):
     """An outer loop that hands the state on, as truncated backpropagation does."""
 
@@ -183,9 +185,15 @@ def scan_of_rnn(call):
 
 
 @each_form
-@pytest.mark.parametrize(
-    "transformation", [value_and_gradient, jvp, jacfwd_over_grad, checkpoint, scan_of_rnn]
-)
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_gradient(checkpoint, form):
+    call = jax.checkpoint(ours(form)) if checkpoint else ours(form)
+    actual = jax.jit(value_and_gradient(call))(operands())
+    assert_same(actual, expected_value_and_gradient(form)(operands()), scale=10)
+
+
+@each_form
+@pytest.mark.parametrize("transformation", [jvp, jacfwd_over_grad, scan_of_rnn])
 def test_derivatives(transformation, form):
     actual = jax.jit(transformation(ours(form)))(operands())
     expected = jax.jit(transformation(theirs(form)))(operands())
@@ -257,7 +265,7 @@ def test_sharded_jit(form):
     (_, results), gradient = jax.jit(value_and_gradient(ours(form)))(placed)
     for leaf in jax.tree.leaves(results):
         assert leaf.sharding.is_equivalent_to(by_batch, leaf.ndim)
-    expected = jax.jit(value_and_gradient(theirs(form)))(operands())
+    expected = expected_value_and_gradient(form)(operands())
     assert_same((results, gradient), (expected[0][1], expected[1]), scale=10)
 
 
@@ -293,7 +301,7 @@ def test_double_precision(form):
 def test_bfloat16(form):
     o = cast_floats(operands(), jnp.bfloat16)
     actual = jax.jit(value_and_gradient(ours(form)))(o)
-    (_, expected), gradient = jax.jit(value_and_gradient(theirs(form)))(cast_floats(o, np.float32))
+    (_, expected), gradient = expected_value_and_gradient(form)(cast_floats(o, np.float32))
     rounded = cast_floats((expected, gradient), jnp.bfloat16)
     assert_same((actual[0][1], actual[1]), rounded, scale=2)
 

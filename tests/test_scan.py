@@ -45,26 +45,43 @@ def scalar_of(tree):
     return total
 
 
-def value_and_gradient(case, scan, time, **flags):
+def value_and_gradient(case, scan, time, operands):
     """The results, and the gradient with respect to every float among consts, init and xs."""
-    leaves, structure = jax.tree.flatten(case.operands(time))
+    leaves, structure = jax.tree.flatten(operands)
 
-    def run(*floats):
+    def run(floats):
         given = iter(floats)
         merged = [next(given) if is_float(leaf) else leaf for leaf in leaves]
-        results = case.run(scan, structure.unflatten(merged), time, **flags)
+        results = case.run(scan, structure.unflatten(merged), time)
         return scalar_of(results), results
 
     floats = list(filter(is_float, leaves))
-    if not case.reverse_mode:
-        return jax.jit(run)(*floats)
-    return jax.jit(jax.value_and_grad(run, tuple(range(len(floats))), has_aux=True))(*floats)
+    return (jax.value_and_grad(run, has_aux=True) if case.reverse_mode else run)(floats)
+
+
+@functools.cache
+def reference(name, time):
+    """The same by `lax.scan`, `(operands, reverse) -> ...`: both ways are compiled once."""
+
+    def run(operands, reverse):
+        def turned(rows):
+            return jax.tree.map(lambda row: jnp.where(reverse, row[::-1], row), rows)
+
+        def scan(body, init, xs, length):
+            last, ys = lax.scan(body, init, turned(xs), length)
+            return last, turned(ys)
+
+        return value_and_gradient(BODIES[name], scan, time, operands)
+
+    return jax.jit(run)
 
 
 def check(name, setting, time=TIME):
     case, flags = BODIES[name], SETTINGS[setting]
-    expected = value_and_gradient(case, lax.scan, time, reverse=flags.get("reverse", False))
-    actual = value_and_gradient(case, jaxrnn.scan, time, **flags, **SPLIT)
+    operands = case.operands(time)
+    scan = functools.partial(jaxrnn.scan, **flags, **SPLIT)
+    actual = jax.jit(functools.partial(value_and_gradient, case, scan, time))(operands)
+    expected = reference(name, time)(operands, flags.get("reverse", False))
     assert_same(actual, expected, case.compute_dtype, scale=10)
 
 

@@ -83,7 +83,7 @@ def test_rnn(name):
             results = CASE.call(rnn, jnp, arguments, **flags)
             return scalar_of(results), results
 
-        return jax.value_and_grad(loss, has_aux=True)(CASE.arguments())
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(CASE.arguments())
 
     with strict():
         actual = derivatives(jaxrnn.rnn)
