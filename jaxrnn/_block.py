@@ -29,7 +29,7 @@ class Steps(NamedTuple):
         unroll: steps per iteration.
         fused: whether recurrences that fit are run as one kernel.
         whole_tangent: whether a tangent is one block where its results are several.
-        adapts: whether a tangent may be in shorter blocks than its results.
+        adapts: whether blocks may be shorter than the one length that is told for all.
     """
 
     length: int

@@ -12,7 +12,7 @@ from jax import lax
 from jaxrnn import _jaxpr, _rnn
 from jaxrnn._arguments import Step
 from jaxrnn._block import Steps, run_plain, time_first
-from jaxrnn._choice import block_length, only_for_gradients, steps_of
+from jaxrnn._choice import block_length, only_for_gradients, results_block, steps_of
 from jaxrnn._fission import Plan
 from jaxrnn._jaxpr import Equation, Program, Traced
 from jaxrnn._recurrence import run_split
@@ -89,8 +89,11 @@ def _report(
     kept = " (rematerialised)" if remat else ""
     how = "fused" if split.fused else "sequential"
     lines = [f'method "{how}" over {time} steps, in blocks of {block}{kept}']
+    results = results_block(split.plan, steps, block)
     if only_for_gradients(split.plan, chunk, remat, method):
         lines.append("for gradients; results alone come from plain lax.scan, just as soon")
+    elif not remat and results < block:
+        lines.append(f"for gradients; results in blocks of {results}")
     lines += _section("once, from parameters alone", split.plan.invariant)
     for i, stage in enumerate(split.plan.stages):
         when = "prologue" if i == 0 else "epilogue" if stage.loop is None else "between loops"

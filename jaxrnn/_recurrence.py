@@ -26,6 +26,7 @@ from jaxrnn._block import (
     run_plain,
     time_first,
 )
+from jaxrnn._choice import results_block
 from jaxrnn._fission import Loop, Plan, fission
 from jaxrnn._jaxpr import (
     Equation,
@@ -40,7 +41,6 @@ from jaxrnn._jaxpr import (
     trace,
     variables,
 )
-from jaxrnn._primitives import conv_general_dilated_p
 from jaxrnn._residuals import residuals, symbolic_zero
 from jaxrnn._tangent import Tangent
 
@@ -117,7 +117,8 @@ def _run(
         consts: list[Array], carry: list[Array], xs: list[Array]
     ) -> tuple[list[Array], list[Array]]:
         plan = fission(program, n_consts, n_carry)
-        return run_in_place(plan, consts, carry, xs, axes, steps, block)
+        shorter = results_block(plan, steps, block)
+        return run_in_place(plan, consts, carry, xs, axes, steps, shorter)
 
     def rule(primals: Any, tangents: Any) -> Any:
         consts, carry, xs = primals
@@ -131,10 +132,7 @@ def _run(
         last, made = _run(keeping, given, carry, xs, axes, steps, block)
 
         tangent = Tangent(program, primals, tangents, axes, made, held)
-        # Blocks are a loop, in which XLA's gradient of a kernel is 5 to 14 times as slow on a CPU.
-        convolves = any(e.primitive is conv_general_dilated_p for e in program.equations)
-        whole = convolves or steps.whole_tangent
-        t_last, t_ys = tangent.run(steps, steps.length if whole else block)
+        t_last, t_ys = tangent.run(steps, block)
         ys = made[: len(program.outvars) - n_carry]
         return (last, ys), (
             _fill(last, tangent.moving_carry, t_last),

@@ -118,7 +118,7 @@ class Tangent:
             in_place=in_place,
         )
         linear = dependents(body.program, inputs[start:stop])
-        block = tangent_block(plan, block) if steps.adapts else block
+        block = tangent_block(plan, steps, block)
         left = self._left_in_place(plan) if in_place else [False] * len(self.held)
 
         def run_loop(

@@ -124,6 +124,49 @@ def test_weights_that_each_sample_looks_up_are_kept_for_no_step():
     assert_same(ours(p, h, xs), plain(p, h, xs))
 
 
+def test_terms_of_a_sum_over_pairs_of_states_are_made_for_few_steps_at_once():
+    """The gradient of a hidden Markov model: by its transitions it sums [B, K, K] at every step."""
+    time, batch, states = 64, 8, 64
+    rng = np.random.default_rng(0)
+    log_a, emit, start, xs = (
+        jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        for shape in [(states, states), (4, states), (batch, states), (time, batch, 4)]
+    )
+
+    def compiled(scan):
+        def loss(log_a, emit, start, xs):
+            def body(alpha, x):
+                alpha = jax.nn.logsumexp(alpha[:, :, None] + log_a, axis=1) + x @ emit
+                return alpha, None
+
+            return scan(body, start, xs)[0].sum()
+
+        return jax.jit(jax.grad(loss, (0, 1, 2))).lower(log_a, emit, start, xs).compile()
+
+    ours, plain = compiled(jaxrnn.scan), compiled(lax.scan)
+    terms = time * batch * states * states * 4
+    assert plain.memory_analysis().temp_size_in_bytes > terms
+    assert ours.memory_analysis().temp_size_in_bytes < terms / 2
+    operands = log_a, emit, start, xs
+    assert_same(ours(*operands), plain(*operands), scale=10)
+
+
+def test_results_alone_are_made_in_blocks_that_stay_in_the_cache():
+    """What passes hand to the loop: 2 MiB are one block of the gradient and eight of results."""
+    batch, time, units = 16, 64, 128
+    cell = jaxrnn.cells.lstm(units)
+    params = cell.init(jax.random.key(0), 1)
+
+    def last(params, inputs):
+        states = cell.initial_states(batch)
+        call = jaxrnn.rnn(cell.step(params), inputs, states, method="sequential")
+        return call[0]
+
+    compiled = jax.jit(last).lower(params, jnp.ones((batch, time, 1))).compile()
+    outputs = time * batch * units * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < outputs + (1 << 20)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("flags", [{}, {"remat": True}])
 def test_input_gradients_are_written_block_by_block(dtype, flags):

@@ -124,6 +124,17 @@ def test_a_state_larger_than_what_the_passes_make_has_shorter_blocks():
     assert "in blocks of 32" in report.splitlines()[0]
 
 
+def test_results_are_in_shorter_blocks_where_steps_hold_products():
+    cell = jaxrnn.cells.lstm(H)  # 2 MiB in 512 steps
+    step = cell.step(cell.init(jax.random.key(0), 1))
+    inputs = jnp.ones((B, 512, 1))
+    report = jaxrnn.explain(step, inputs, cell.initial_states(B), method="sequential")
+    assert report.splitlines()[:2] == [
+        'method "sequential" over 512 steps, in blocks of 512',
+        "for gradients; results in blocks of 64",
+    ]
+
+
 def test_blocks_of_large_steps_are_short_but_no_single_steps():
     cell = jaxrnn.cells.lstm(512)  # which makes 4 MiB a step for 512 samples
     report = jaxrnn.explain(
