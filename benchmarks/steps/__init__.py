@@ -58,6 +58,7 @@ STEPS = (
     Step("retention", other.retention, (Size(16, 128, 64, 128),)),
     Step("mixture of experts", other.experts, (Size(16, 128, 64, 64),)),
     Step("CTC", other.ctc, (Size(16, 128, 64, 20),)),
+    Step("hidden Markov model", other.hidden_markov, (Size(16, 128, 64, 64),)),
     Step("test-time training", other.test_time_training, (Size(16, 128, 64, 64),)),
     Step("Euler, two-layer network", other.euler, (SMALL, MEDIUM)),
     Step("masked LSTM through rnn", gated.masked, (TINY, NARROW, MEDIUM)),

@@ -254,6 +254,24 @@ def ctc(draw: Draw, size: Size) -> Loop:
     return loop(body, draw.weight(D, symbols), start, draw.normal(T, B, D))
 
 
+def hidden_markov(draw: Draw, size: Size) -> Loop:
+    """The forward algorithm over as many states as units, in logarithms: a sum over all pairs."""
+    B, T, D, H = size
+
+    def body(p):
+        log_a = jax.nn.log_softmax(p["A"])
+
+        def step(alpha, x):
+            log_p = jax.nn.log_softmax(x @ p["W"])
+            alpha = jax.nn.logsumexp(alpha[:, :, None] + log_a, axis=1) + log_p
+            return alpha, jax.nn.logsumexp(alpha, axis=-1)
+
+        return step
+
+    params = {"A": draw.normal(H, H), "W": draw.weight(D, H)}
+    return loop(body, params, draw.normal(B, H), draw.normal(T, B, D))
+
+
 def test_time_training(draw: Draw, size: Size) -> Loop:
     """A linear model for a state, trained at every step by the gradient of a loss on the input."""
     B, T, D, H = size
