@@ -125,8 +125,7 @@ def only_for_gradients(plan: Plan, chunk: Any, remat: bool, method: str) -> bool
         return False
     if any(map(is_heavy, plan.invariant.equations)):
         return False
-    moved = filter(is_heavy, (e for s in plan.stages for e in s.program.equations))
-    gaining = [e for e in moved if _gains(e, plan)]
+    gaining = [e for e in _in_passes(plan) if is_heavy(e) and _gains(e, plan)]
     # All else than products gains by itself: a gather is one instead of one per step.
     return all(map(multiply_adds, gaining)) and (not gaining or _is_little(plan))
 
@@ -166,13 +165,7 @@ def _is_little(plan: Plan) -> bool:
     much larger, such as matrices: measured on a CPU, XLA then does worse at the updates of these
     (test-time training took 2.8 times as long).
     """
-    passes, loops = (
-        [e for p in programs for e in p.equations]
-        for programs in (
-            [stage.program for stage in plan.stages],
-            [stage.loop.program for stage in plan.stages if stage.loop is not None],
-        )
-    )
+    passes, loops = _in_passes(plan), _in_loops(plan)
     if any(_terms(e) == 1 for e in passes):
         return False
     stays = sum(multiply_adds(e) or size(e.outvars[0]) for e in loops if not is_free(e))
@@ -231,8 +224,7 @@ def results_block(plan: Plan, steps: Steps, block: int) -> int:
     Where steps are cheap, without products, a block costs more than that gains; so it does where
     they have more work than for one core, and several wait for each other.
     """
-    loops = [e for s in plan.stages if s.loop is not None for e in s.loop.program.equations]
-    work = sum(map(multiply_adds, loops))
+    work = sum(map(multiply_adds, _in_loops(plan)))
     if not steps.adapts or jax.device_count() > 1 or not 0 < work <= 1 << 21:
         return block
     return _near_divisor(block, max(4, (256 << 10) // max(_bytes_of_passes(plan), 1)))
@@ -253,7 +245,7 @@ def tangent_block(plan: Plan, steps: Steps, block: int) -> int:
         return steps.length
     if not steps.adapts:
         return block
-    passes = [e for stage in plan.stages for e in stage.program.equations if not is_free(e)]
+    passes = [e for e in _in_passes(plan) if not is_free(e)]
     operands = [variables(e.invars) for e in passes if multiply_adds(e)]
     varying = [v for vs in operands if all(plan.times[v] != -1 for v in vs) for v in vs]
     if _largest(varying) > 4 * _bytes(plan.body.invars[plan.consts :]):
@@ -264,6 +256,14 @@ def tangent_block(plan: Plan, steps: Steps, block: int) -> int:
 
 def _largest(values: Iterable[Var]) -> int:
     return max(map(size_in_bytes, values), default=0)
+
+
+def _in_passes(plan: Plan) -> list[Equation]:
+    return [e for stage in plan.stages for e in stage.program.equations]
+
+
+def _in_loops(plan: Plan) -> list[Equation]:
+    return [e for s in plan.stages if s.loop is not None for e in s.loop.program.equations]
 
 
 def _bytes_of_passes(plan: Plan) -> int:
