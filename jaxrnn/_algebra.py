@@ -8,9 +8,10 @@ cannot. Four identities bring it forward:
     concat([x, h]) @ K        = x @ K[:D] + h @ K[D:]        the input's part leaves the loop
     h @ U, h @ V              = split(h @ concat([U, V]))    products of one state become one
 
-and, for a product that leaves the loop anyway, `split(x @ W) = x @ split(W)`, whose results need no
-copy to be contiguous. (A slice of a slice of time, fused into the gates, keeps XLA's CPU compiler
-from vectorising them.)
+and, for a product that leaves the loop anyway and to which nothing is added there,
+`split(x @ W) = x @ split(W)`, whose results need no copy to be contiguous. (A slice of a slice of
+time, fused into the gates, keeps XLA's CPU compiler from vectorising them.) In a tangent, where it
+is the other way round, `_rejoined.py` finds what is to be split last.
 
 The body is run once by an interpreter whose values may be sums, concatenations and products that
 are not computed yet; what it computes is traced to the new body.
@@ -55,6 +56,7 @@ from jaxrnn._primitives import (
     split_p,
     squeeze_p,
 )
+from jaxrnn._rejoined import TakenApart, rejoined
 from jaxrnn._schedule import carry_times
 
 Array = Any
@@ -125,6 +127,9 @@ class _Rewriter:
         self.only_sliced = self._only_sliced()
         self.only_columns = self._only_columns()
         self.groups = self._groups()
+        sums = rejoined(program, self.uses) if to_be_transposed else []
+        self.rejoined = {v: each for each in sums for v in each.outs}
+        self.unread = frozenset[Var]().union(*(each.unread for each in sums))
 
     def run(self, *args: Array) -> list[Array]:
         """The body, rewritten."""
@@ -133,7 +138,10 @@ class _Rewriter:
             for v, stage, arg in zip(self.program.invars, self.in_stages, args, strict=True)
         }
         for equation in self.equations:
-            if equation.outvars[0] not in env:
+            first = equation.outvars[0]
+            if first in self.rejoined and first not in env:
+                self._fill_rejoined(self.rejoined[first], equation, env)
+            elif first not in env and first not in self.unread:
                 results = self._apply(equation, env)
                 env |= zip(equation.outvars, results, strict=True)
         return [self._array(env, atom) for atom in self.program.outvars]
@@ -237,6 +245,20 @@ class _Rewriter:
         for equation, part in zip(group[1:], parts[1:], strict=True):
             env[equation.outvars[0]] = part
         return parts[:1]
+
+    def _fill_rejoined(
+        self, apart: TakenApart, equation: Equation, env: dict[Var, _lazy.Value]
+    ) -> None:
+        """Adds arrays and takes the sum apart."""
+        terms: list[_lazy.Value] = []
+        for v in apart.terms:
+            value = env[v]
+            terms += value.parts if isinstance(value, _lazy.Sum) else [value]
+        total = _lazy.Sum(terms, equation)
+        parts = _lazy.ranges(total.array, apart.cuts, total.array.ndim - 1)
+        env |= {
+            v: _lazy.Value(total.stage, part) for v, part in zip(apart.outs, parts, strict=True)
+        }
 
     def _read(self, env: dict[Var, _lazy.Value], atom: Atom) -> _lazy.Value:
         return (

@@ -43,7 +43,7 @@ class Value:
         """
         cuts, whole = columns(equation), shape(equation.invars[0])
         if cuts is not None and self.array.shape[-1:] == whole[-1:]:
-            outs = _parts(self.array, cuts, self.array.ndim - 1)
+            outs = ranges(self.array, cuts, self.array.ndim - 1)
         else:
             outs = bind(equation, [jnp.broadcast_to(self.array, whole)])
         return [Value(self.stage, out) for out in outs]
@@ -72,8 +72,15 @@ class Sum(Value):
             return functools.reduce(operator.add, arrays)
 
     def arranged(self, equation: Equation) -> list[Value]:
-        columns = zip(*(part.arranged(equation) for part in self.parts), strict=True)
+        """What is ready before the first loop is added up first, and then arranged at once."""
+        parts = [*self._early, *(part for part in self.parts if part.stage > 0)]
+        columns = zip(*(part.arranged(equation) for part in parts), strict=True)
         return [Sum(column, self.equation) for column in columns]
+
+    @functools.cached_property
+    def _early(self) -> list[Value]:
+        early = [part for part in self.parts if part.stage <= 0]
+        return [Value(early[-1].stage, self._total(early))] if early[1:] else early
 
 
 class Concatenation(Value):
@@ -127,7 +134,7 @@ class Product(Value):
         if self.stage > 0 or cuts is None or is_small:
             return super().arranged(equation)
         axis = 1 - self.equation.params["dimension_numbers"][0][1][0]
-        return [Product(self.lhs, part, self.equation) for part in _parts(self.rhs, cuts, axis)]
+        return [Product(self.lhs, part, self.equation) for part in ranges(self.rhs, cuts, axis)]
 
 
 def product(lhs: Value, rhs: Array, equation: Equation) -> Value:
@@ -154,7 +161,7 @@ def _joined(concatenation: Concatenation) -> list[Value]:
     return [Concatenation(run, concatenation.axis) if len(run) > 1 else run[0] for run in joined]
 
 
-def _parts(array: Array, cuts: Sequence[tuple[int, int]], axis: int) -> list[Array]:
+def ranges(array: Array, cuts: Sequence[tuple[int, int]], axis: int) -> list[Array]:
     """Ranges of an axis; by one split if possible, whose transpose is one concatenation."""
     stops = [stop for _, stop in cuts]
     if [0, *stops[:-1]] == [start for start, _ in cuts] and stops[-1] == array.shape[axis]:
@@ -171,7 +178,7 @@ def columns(equation: Equation) -> list[tuple[int, int]] | None:
     if equation.primitive is split_p() and params["axis"] == len(whole) - 1:
         stops = [sum(params["sizes"][: i + 1]) for i in range(len(params["sizes"]))]
         return list(zip([0, *stops[:-1]], stops, strict=True))
-    if equation.primitive is slice_p and params["strides"] is None:
+    if equation.primitive is slice_p and set(params["strides"] or ()) <= {1}:
         starts, stops = params["start_indices"], params["limit_indices"]
         if all(s == 0 for s in starts[:-1]) and tuple(stops[:-1]) == whole[:-1]:
             return [(starts[-1], stops[-1])]

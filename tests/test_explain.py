@@ -144,19 +144,32 @@ def test_blocks_of_large_steps_are_short_but_no_single_steps():
 
 
 def test_which_gates_are_one_array():
-    """All that are small, and those that are split after their activation alone, as our LSTM's."""
+    """All that are small, that get a bias, or that are split after their activation alone."""
 
-    def products(cell, batch):
-        step = cell.step(cell.init(jax.random.key(0), D))
-        inputs, states = jnp.ones((batch, T, D)), cell.initial_states(batch)
-        report = jaxrnn.explain(step, inputs, states, method="sequential")
+    def product(batch, biased):
+        w, u, b = jnp.ones((D, 2 * H)), jnp.ones((H, 2 * H)), jnp.ones(2 * H)
+
+        def step(x, states):
+            z = x @ w + states[0] @ u
+            f, g = jnp.split(z + b if biased else z, 2, axis=-1)
+            h = jax.nn.sigmoid(f) * states[0] + jnp.tanh(g)
+            return h, [h]
+
+        return prologue_product(step, jnp.ones((batch, T, D)), [jnp.ones((batch, H))])
+
+    def prologue_product(*operands):
+        report = jaxrnn.explain(*operands, method="sequential")
         return section(report, "prologue").splitlines()[0].split("@ ")[1]
 
-    lstm, gru = jaxrnn.cells.lstm(H), jaxrnn.cells.gru(H)
     samples = 2**15 // (4 * H)  # for which one gate takes 32 KiB
-    assert products(lstm, samples) == f"float32[{D}, {4 * H}]"
-    assert products(gru, samples) == f"float32[{D}, {H}] x3"
-    assert products(gru, samples // 3) == f"float32[{D}, {3 * H}]"
+    assert product(samples, biased=False) == f"float32[{D}, {H}] x2"
+    assert product(samples, biased=True) == f"float32[{D}, {2 * H}]"
+    assert product(samples // 2, biased=False) == f"float32[{D}, {2 * H}]"
+
+    lstm = jaxrnn.cells.lstm(H, use_bias=False)
+    step = lstm.step(lstm.init(jax.random.key(0), D))
+    whole = prologue_product(step, jnp.ones((samples, T, D)), lstm.initial_states(samples))
+    assert whole == f"float32[{D}, {4 * H}]"
 
 
 def test_what_comes_from_plain_lax_scan_without_a_gradient():

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bodies import BODIES
+from bodies import BODIES, table
 from helpers import CASES, assert_same
 from jax import lax
 from structure import (
@@ -187,6 +187,31 @@ def test_gates_activated_before_their_split_are_kept_as_their_parts():
     # A row, or the number of one that is read where it lies.
     read = [v.aval.shape for v in last.invars if v.aval.shape != (4 * units, units)]
     assert set(read) <= {part, (TIME, *part), ()}
+
+
+@pytest.mark.parametrize(
+    ("name", "arrays"),
+    [("lstm_split", 1), ("lstm_slices", 1), ("lstm_concatenated", 1), ("gru_reset_after", 4)],
+)
+def test_gates_of_many_samples_are_put_together_by_the_transposed_loop(name, arrays):
+    """It writes one row for all gates that are added in pairs, and each weight has one product."""
+    samples, units, gates = 8, table.UNITS, 3 if name.startswith("gru") else 4
+    w, u = np.ones((FEATURES, gates * units)), np.ones((units, gates * units))
+    p = {"w": w, "u": u, "k": np.concatenate([w, u]), "b": np.ones(gates * units)}
+    h, xs = np.ones((samples, units)), np.ones((TIME, samples, FEATURES))
+    init = h if name.startswith("gru") else (h, h)
+
+    def loss(*operands):
+        p, *rest = operands
+        return total(jaxrnn.scan(BODIES[name].make(p), *rest, **SPLIT))
+
+    gradient = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(p, init, xs)
+    last = list(loops(gradient))[-1]
+    states = len(jax.tree.leaves(init))
+    written = [v.aval.shape for v in last.outvars[states:]]
+    assert written == [(samples, 4 * units // arrays)] * arrays
+    if arrays == 1:
+        assert count(gradient, DOT) == 6  # of x, of h; by x, by h, by both weights
 
 
 @pytest.mark.parametrize("reverse", [False, True])

@@ -9,7 +9,7 @@ leaves of consts, init and xs are differentiated; axes have different lengths.
 """
 
 # Each module enters its bodies when it is imported.
-from bodies import algebra, dtypes, layers, rules, states
+from bodies import algebra, dtypes, layers, rules, states, table
 from bodies.rules import spike, straight_through
 from bodies.table import BODIES, TIME
 
@@ -23,4 +23,5 @@ __all__ = [
     "spike",
     "states",
     "straight_through",
+    "table",
 ]
