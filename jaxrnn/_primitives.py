@@ -22,6 +22,7 @@ gather_p = p.gather_p
 mul_p = p.mul_p
 neg_p = p.neg_p
 reduce_max_p = p.reduce_max_p
+reduce_min_p = p.reduce_min_p
 reduce_sum_p = p.reduce_sum_p
 reshape_p = p.reshape_p
 select_n_p = p.select_n_p

@@ -2,7 +2,8 @@
 
 All that the tangent of a step needs is kept by the steps, in rows: the states, and the sums that
 products enter into (a nonlinear operation needs the sum, not its terms), or what a tanh or logistic
-function makes of such a sum, where this tells its derivative. The rest is computed again.
+function makes of such a sum, where this tells its derivative; and few numbers made of many, such as
+maxima and sums. The rest is computed again.
 """
 
 import itertools
@@ -28,7 +29,19 @@ from jaxrnn._jaxpr import (
     slope_by_output,
     variables,
 )
-from jaxrnn._primitives import PRODUCTS, gather_p, mul_p, select_n_p, split_p
+from jaxrnn._primitives import (
+    PRODUCTS,
+    gather_p,
+    mul_p,
+    reduce_max_p,
+    reduce_min_p,
+    reduce_sum_p,
+    select_n_p,
+    split_p,
+)
+
+# Terms of a sum that takes as long as to compute each of them again.
+_MANY = 8
 
 
 class State(NamedTuple):
@@ -124,16 +137,27 @@ def _kept(program: Program, consts: Sequence[Var], moving: set[Var]) -> list[Var
     A sum of products is needed only where something nonlinear reads it; through linear equations
     the derivative passes without them. If that is one equation whose result tells its derivative,
     the result is kept instead. Of what is made from random bits, what meets the data is kept: a
-    dropout mask, not the bits. What is looked up in a const is looked up again.
+    dropout mask, not the bits. What is looked up in a const is looked up again. Sums and maxima of
+    many terms are kept as products are, but not what repeats them for each term.
     """
     readers, splits = _readers(program), only_split(program)
     costly: set[Var] = set()
+    reduced: set[Var] = set()  # those of `costly` that are few numbers made of many
     kept: dict[Var, None] = {}
     for equation in program.equations:
         read_here = [v for v in variables(equation.invars) if v in costly]
         moves = equation.outvars[0] in moving
         looked_up = equation.primitive is gather_p and equation.invars[0] in consts
         heavy = is_heavy(equation) and not looked_up
+        if _reduces(equation) and not read_here:
+            costly |= set(equation.outvars)
+            reduced |= set(equation.outvars)
+            continue
+        if read_here and not heavy and reduced.issuperset(read_here):
+            if size(equation.outvars[0]) >= _MANY * max(map(size, read_here)):
+                kept |= dict.fromkeys(read_here)
+                continue
+            reduced |= set(equation.outvars)
         if heavy or is_random(equation) or (read_here and not moves):
             costly |= set(equation.outvars)
         elif read_here and (is_linear(equation) or _scales(equation, read_here, moving)):
@@ -145,6 +169,15 @@ def _kept(program: Program, consts: Sequence[Var], moving: set[Var]) -> list[Var
             results = splits.get(equation.outvars[0], equation).outvars
             kept |= dict.fromkeys(results if by_output else read_here)
     return list(kept)
+
+
+def _reduces(equation: Equation) -> bool:
+    """Whether each result is the sum or the extreme of many numbers, which are not kept."""
+    return (
+        equation.primitive in (reduce_max_p, reduce_min_p, reduce_sum_p)
+        and jnp.issubdtype(dtype(equation.outvars[0]), jnp.inexact)
+        and size(equation.invars[0]) >= _MANY * size(equation.outvars[0])
+    )
 
 
 def _scales(equation: Equation, costly: Sequence[Var], moving: set[Var]) -> bool:
