@@ -22,7 +22,6 @@ gather_p = p.gather_p
 mul_p = p.mul_p
 neg_p = p.neg_p
 reduce_max_p = p.reduce_max_p
-reduce_min_p = p.reduce_min_p
 reduce_sum_p = p.reduce_sum_p
 reshape_p = p.reshape_p
 select_n_p = p.select_n_p
@@ -113,6 +112,8 @@ TRANSCENDENTAL = frozenset(
         p.tanh_p,
     }
 )
+COMPARISONS = frozenset({p.eq_p, p.ge_p, p.gt_p, p.le_p, p.lt_p, p.ne_p})
+EXTREMES = frozenset({p.reduce_max_p, p.reduce_min_p})
 REDUCTIONS = frozenset(
     {p.argmax_p, p.argmin_p, p.reduce_max_p, p.reduce_min_p, p.reduce_prod_p, p.reduce_sum_p}
 )

@@ -30,11 +30,12 @@ from jaxrnn._jaxpr import (
     variables,
 )
 from jaxrnn._primitives import (
+    COMPARISONS,
+    EXTREMES,
     PRODUCTS,
+    REDUCTIONS,
     gather_p,
     mul_p,
-    reduce_max_p,
-    reduce_min_p,
     reduce_sum_p,
     select_n_p,
     split_p,
@@ -139,8 +140,12 @@ def _kept(program: Program, consts: Sequence[Var], moving: set[Var]) -> list[Var
     the result is kept instead. Of what is made from random bits, what meets the data is kept: a
     dropout mask, not the bits. What is looked up in a const is looked up again. Sums and maxima of
     many terms are kept as products are, but not what repeats them for each term.
+
+    The derivative of a maximum asks which of its terms equals it. Computed twice, in two places, a
+    term may differ in its last digit, and none would: the terms are kept.
     """
     readers, splits = _readers(program), only_split(program)
+    compared, differentiated = _compared(program), _differentiated(program, moving)
     costly: set[Var] = set()
     reduced: set[Var] = set()  # those of `costly` that are few numbers made of many
     kept: dict[Var, None] = {}
@@ -149,7 +154,11 @@ def _kept(program: Program, consts: Sequence[Var], moving: set[Var]) -> list[Var
         moves = equation.outvars[0] in moving
         looked_up = equation.primitive is gather_p and equation.invars[0] in consts
         heavy = is_heavy(equation) and not looked_up
-        if _reduces(equation) and not read_here:
+        if equation.primitive in EXTREMES and equation.outvars[0] in differentiated:
+            terms = set(variables(equation.invars)).difference(program.invars)
+            kept |= dict.fromkeys(terms)
+            continue
+        if _reduces(equation) and not read_here and compared.isdisjoint(equation.outvars):
             costly |= set(equation.outvars)
             reduced |= set(equation.outvars)
             continue
@@ -174,10 +183,31 @@ def _kept(program: Program, consts: Sequence[Var], moving: set[Var]) -> list[Var
 def _reduces(equation: Equation) -> bool:
     """Whether each result is the sum or the extreme of many numbers, which are not kept."""
     return (
-        equation.primitive in (reduce_max_p, reduce_min_p, reduce_sum_p)
+        (equation.primitive is reduce_sum_p or equation.primitive in EXTREMES)
         and jnp.issubdtype(dtype(equation.outvars[0]), jnp.inexact)
         and size(equation.invars[0]) >= _MANY * size(equation.outvars[0])
     )
+
+
+def _compared(program: Program) -> set[Var]:
+    """What is compared with other numbers: perhaps the very ones that it is the maximum of."""
+    compared: set[Var] = set()
+    for equation in reversed(program.equations):
+        passes_on = not (is_heavy(equation) or equation.primitive in REDUCTIONS)
+        if equation.primitive in COMPARISONS or (
+            passes_on and not compared.isdisjoint(equation.outvars)
+        ):
+            compared |= set(variables(equation.invars))
+    return compared
+
+
+def _differentiated(program: Program, moving: set[Var]) -> set[Var]:
+    """What has a tangent that enters into one of a result."""
+    wanted = moving.intersection(variables(program.outvars))
+    for equation in reversed(program.equations):
+        if not wanted.isdisjoint(equation.outvars):
+            wanted |= moving.intersection(variables(equation.invars))
+    return wanted
 
 
 def _scales(equation: Equation, costly: Sequence[Var], moving: set[Var]) -> bool:
