@@ -139,9 +139,11 @@ class _Rewriter:
         }
         for equation in self.equations:
             first = equation.outvars[0]
-            if first in self.rejoined and first not in env:
+            if first in env or first in self.unread:
+                continue
+            if first in self.rejoined:
                 self._fill_rejoined(self.rejoined[first], equation, env)
-            elif first not in env and first not in self.unread:
+            else:
                 results = self._apply(equation, env)
                 env |= zip(equation.outvars, results, strict=True)
         return [self._array(env, atom) for atom in self.program.outvars]
@@ -162,7 +164,7 @@ class _Rewriter:
         if primitive in (add_p, add_any_p) and _is_float(equation):
             late = operands[0].stage != operands[1].stage
             if late or any(isinstance(value, _lazy.Sum) for value in operands):
-                return [self._sum(equation, operands)]
+                return [_lazy.Sum(self._lone(equation, operands), equation)]
         elif primitive is concatenate_p:
             return [_lazy.Concatenation(operands, equation.params["dimension"])]
         elif primitive in _LAYOUT or primitive is split_p():
@@ -185,12 +187,6 @@ class _Rewriter:
         if self.to_be_transposed and lhs.stage > 0:
             return _lazy.Value(lhs.stage, _turned(equation, lhs.array, rhs.array))
         return _lazy.product(lhs, rhs.array, equation)
-
-    def _sum(self, equation: Equation, operands: Sequence[_lazy.Value]) -> _lazy.Value:
-        parts: list[_lazy.Value] = []
-        for value in self._lone(equation, operands):
-            parts += value.parts if isinstance(value, _lazy.Sum) else [value]
-        return _lazy.Sum(parts, equation)
 
     def _lone(self, equation: Equation, operands: Sequence[_lazy.Value]) -> list[_lazy.Value]:
         """The operands; one that others read too is computed now, or it would be more than once."""
@@ -250,11 +246,7 @@ class _Rewriter:
         self, apart: TakenApart, equation: Equation, env: dict[Var, _lazy.Value]
     ) -> None:
         """Adds arrays and takes the sum apart."""
-        terms: list[_lazy.Value] = []
-        for v in apart.terms:
-            value = env[v]
-            terms += value.parts if isinstance(value, _lazy.Sum) else [value]
-        total = _lazy.Sum(terms, equation)
+        total = _lazy.Sum([env[v] for v in apart.terms], equation)
         parts = _lazy.ranges(total.array, apart.cuts, total.array.ndim - 1)
         env |= {
             v: _lazy.Value(total.stage, part) for v, part in zip(apart.outs, parts, strict=True)

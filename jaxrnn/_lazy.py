@@ -6,6 +6,7 @@ its columns.
 """
 
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Sequence
@@ -52,10 +53,12 @@ class Value:
 class Sum(Value):
     """A sum with at most one part for each stage, the earliest first, as `equation` wants it."""
 
-    def __init__(self, parts: Sequence[Value], equation: Equation):
+    parts: list[Value]
+
+    def __init__(self, terms: Sequence[Value], equation: Equation):
         self.equation = equation
         by_stage: dict[int, Value] = {}
-        for part in parts:
+        for part in itertools.chain(*(t.parts if isinstance(t, Sum) else [t] for t in terms)):
             other = by_stage.get(part.stage)
             by_stage[part.stage] = (
                 part if other is None else Value(part.stage, self._total([other, part]))
