@@ -10,7 +10,7 @@ from jax import lax
 from jaxrnn._columns import MisfitError
 from jaxrnn._fission import Loop, Plan
 from jaxrnn._fused import run_fused
-from jaxrnn._jaxpr import Atom, Literal, Program, read
+from jaxrnn._jaxpr import Atom, Literal, Program, read, variables
 from jaxrnn._kernel import recipe
 from jaxrnn._passes import run_rows
 from jaxrnn._placement import empty_rows
@@ -52,14 +52,26 @@ class InPlace(NamedTuple):
     Attributes:
         whole: the rows of all steps.
         indices: which of them are the block's.
+        axis: the axis of time of `whole`.
     """
 
     whole: Array
     indices: Array
+    axis: int = 0
 
-    def row(self, i: Array) -> Array:
-        """The row of one step, of those that `indices` name."""
-        return lax.dynamic_index_in_dim(self.whole, i, keepdims=False, allow_negative_indices=False)
+
+def given_rows(rows: Array | InPlace) -> Array:
+    """What a loop is given of rows, step by step."""
+    return rows.indices if isinstance(rows, InPlace) else rows
+
+
+def one_row(rows: Array | InPlace, given: Array) -> Array:
+    """The row of one step, from what the loop is given of them."""
+    if not isinstance(rows, InPlace):
+        return given
+    return lax.dynamic_index_in_dim(
+        rows.whole, given, rows.axis, keepdims=False, allow_negative_indices=False
+    )
 
 
 RunLoop = Callable[
@@ -115,10 +127,12 @@ def run_block(
             last, ys = run_loop(
                 loop,
                 [env[v] for v in loop.consts],
-                [carry[i] for i in loop.carry],
+                _in_form(loop, [carry[i] for i in loop.carry]),
                 [rows(v) for v in loop.xs],
                 steps,
             )
+            if loop.form is not None:
+                last = [loop.form.release(x) if x.ndim == 2 else x for x in last]
             env |= zip(loop.ys, ys, strict=True)
             new_carry |= zip(loop.carry, last, strict=True)
     if plan.tail.outvars:
@@ -137,11 +151,17 @@ def run_block(
     ]
 
 
+def _in_form(loop: Loop, carry: list[Array]) -> list[Array]:
+    """The carries of a loop as its program takes them."""
+    form = loop.form
+    return [x if form is None or x.ndim != 2 else form.hold(x) for x in carry]
+
+
 def run_plain(
     program: Program,
     consts: Sequence[Array],
     carry: Sequence[Array],
-    xs: Sequence[Array],
+    xs: Sequence[Array | InPlace],
     steps: Steps,
 ) -> tuple[list[Array], list[Array]]:
     """`lax.scan` over `program`.
@@ -150,7 +170,7 @@ def run_plain(
         program: `(consts, carry, x) -> (carry, y)`, flat.
         consts: the same at every step.
         carry: the first carry.
-        xs: arrays with a row per step.
+        xs: arrays with a row per step, or where they lie.
         steps: how many there are, and how they are run through.
 
     Returns:
@@ -158,10 +178,10 @@ def run_plain(
     """
 
     def step(carry: list[Array], x: list[Array]) -> tuple[list[Array], list[Array]]:
-        outs = program.run(*consts, *carry, *x)
+        outs = program.run(*consts, *carry, *map(one_row, xs, x))
         return outs[: len(carry)], outs[len(carry) :]
 
-    return steps.scan(step, list(carry), list(xs))
+    return steps.scan(step, list(carry), list(map(given_rows, xs)))
 
 
 def over_blocks(
@@ -264,6 +284,29 @@ def run_in_place(
     whole = [empty_rows(v.aval, steps.length, i) for i, v in enumerate(outs)]
     index = jnp.arange(steps.length)
     return over_blocks(run, (list(carry), whole), index, steps, block, False)[0]
+
+
+def run_at_once(
+    plan: Plan,
+    consts: Sequence[Array],
+    carry: Sequence[Array],
+    xs: Sequence[Array],
+    axes: Sequence[int],
+    steps: Steps,
+) -> tuple[list[Array], list[Array]]:
+    """Runs a plan of a single loop over all time, xs being read where they lie.
+
+    The arguments are those of `run_in_place`, and so are the results.
+    """
+    index = jnp.arange(steps.length)
+    inputs = plan.body.invars[plan.consts + plan.carry :]
+    rows = [
+        InPlace(x, index, axis)
+        if axis and v not in variables(plan.body.outvars)
+        else time_first(x, axis)
+        for v, x, axis in zip(inputs, xs, axes, strict=True)
+    ]
+    return run_block(plan, run_invariant(plan, consts), carry, rows, steps, _run_loop)
 
 
 def block_of(rows: Array, axis: int, index: Array, steps: Steps) -> Array:

@@ -16,6 +16,7 @@ from jaxrnn._choice import block_length, only_for_gradients, results_block, step
 from jaxrnn._fission import Plan
 from jaxrnn._jaxpr import Equation, Program, Traced
 from jaxrnn._recurrence import run_split
+from jaxrnn._samples_last import in_one_loop
 from jaxrnn._scan import Split, split_body, trace_body
 
 Array = jax.Array
@@ -90,7 +91,9 @@ def _report(
     how = "fused" if split.fused else "sequential"
     lines = [f'method "{how}" over {time} steps, in blocks of {block}{kept}']
     results = results_block(split.plan, steps, block)
-    if only_for_gradients(split.plan, chunk, remat, method):
+    if not remat and in_one_loop(split.plan, steps) is not None:
+        lines.append("for gradients; results come from one loop, with the samples on the last axis")
+    elif only_for_gradients(split.plan, chunk, remat, method):
         lines.append("for gradients; results alone come from plain lax.scan, just as soon")
     elif not remat and results < block:
         lines.append(f"for gradients; results in blocks of {results}")

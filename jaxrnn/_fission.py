@@ -12,6 +12,7 @@ that carries fewer bytes. Nothing is executed here.
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+from jaxrnn._form import Form
 from jaxrnn._jaxpr import (
     Atom,
     Equation,
@@ -39,6 +40,7 @@ class Loop(NamedTuple):
         carry: which of the body's carries it runs; its next inputs and its first outputs.
         xs: its last inputs, a row per step.
         ys: its last outputs, the variables of the body that are needed outside, a row per step.
+        form: how `program` takes and returns matrices among its carries, if not as they are.
     """
 
     program: Program
@@ -46,6 +48,7 @@ class Loop(NamedTuple):
     carry: tuple[int, ...]
     xs: tuple[Var, ...]
     ys: tuple[Var, ...]
+    form: Form | None = None
 
 
 class Stage(NamedTuple):

@@ -7,7 +7,6 @@ its columns.
 
 import functools
 import itertools
-import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from jaxrnn._jaxpr import Equation, at, bind, shape
+from jaxrnn._jaxpr import Equation, at, bind, shape, size_in_bytes
 from jaxrnn._primitives import slice_p, split_p
 
 Array = Any
@@ -132,8 +131,7 @@ class Product(Value):
         Not if the whole is small, at most 32 KiB a step: then one array is sooner made and read.
         """
         cuts = columns(equation)
-        whole = shape(equation.invars[0])
-        is_small = math.prod(whole) * self.rhs.dtype.itemsize <= 1 << 15
+        is_small = size_in_bytes(equation.invars[0]) <= 1 << 15
         if self.stage > 0 or cuts is None or is_small:
             return super().arranged(equation)
         axis = 1 - self.equation.params["dimension_numbers"][0][1][0]

@@ -15,10 +15,19 @@ Array = jax.Array
 
 def gpu() -> Any:
     """The NVIDIA GPU that is computed on, as far as one can tell while tracing, or None."""
-    chosen = jax.config.jax_default_device  # type: ignore[attr-defined]
-    device = chosen if isinstance(chosen, jax.Device) else jax.devices(chosen)[0]
+    device = _device()
     is_cuda = device.platform == "gpu" and "cuda" in device.client.platform_version
     return device if is_cuda else None
+
+
+def is_lone_cpu() -> bool:
+    """Whether a CPU is computed on, as far as one can tell while tracing, and nothing beside it."""
+    return jax.device_count() == 1 and _device().platform == "cpu"
+
+
+def _device() -> Any:
+    chosen = jax.config.jax_default_device  # type: ignore[attr-defined]
+    return chosen if isinstance(chosen, jax.Device) else jax.devices(chosen)[0]
 
 
 def explicit_sharding(aval: Any) -> Any:
@@ -31,6 +40,12 @@ def explicit_sharding(aval: Any) -> Any:
 def varying(aval: Any) -> Any:
     """How an array type varies over the axes of a `shard_map`; None where there is no saying."""
     return getattr(aval, "manual_axis_type", None)
+
+
+def is_placed(aval: Any) -> bool:
+    """Whether the type of an array says how it lies on devices."""
+    axes = varying(aval)
+    return explicit_sharding(aval) is not None or (axes is not None and bool(axes.varying))
 
 
 def varying_as(value: Array, like: Any) -> Array:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxrnn._block import (
     Steps,
     over_blocks,
+    run_at_once,
     run_block,
     run_in_place,
     run_invariant,
@@ -42,6 +43,7 @@ from jaxrnn._jaxpr import (
     variables,
 )
 from jaxrnn._residuals import residuals, symbolic_zero
+from jaxrnn._samples_last import in_one_loop
 from jaxrnn._tangent import Tangent
 
 Array = jax.Array
@@ -118,7 +120,10 @@ def _run(
     ) -> tuple[list[Array], list[Array]]:
         plan = fission(program, n_consts, n_carry)
         shorter = results_block(plan, steps, block)
-        return run_in_place(plan, consts, carry, xs, axes, steps, shorter)
+        turned = in_one_loop(plan, steps)
+        if turned is not None and not turned.stages[1:]:
+            return run_at_once(turned, consts, carry, xs, axes, steps)
+        return run_in_place(turned or plan, consts, carry, xs, axes, steps, shorter)
 
     def rule(primals: Any, tangents: Any) -> Any:
         consts, carry, xs = primals

@@ -35,6 +35,7 @@ from jaxrnn._jaxpr import (
 )
 from jaxrnn._recurrence import run_split
 from jaxrnn._residuals import is_moving, symbolic_zero
+from jaxrnn._samples_last import in_one_loop
 from jaxrnn._shared import share
 from jaxrnn._vmapped import scan_samples
 
@@ -180,7 +181,8 @@ def scan_along(
 
     block = block_length(chunk, remat, time, split.plan, split.fused)
     steps = steps_of(time, reverse, unroll, chunk, split.plan, split.fused)
-    if only_for_gradients(split.plan, chunk, remat, method):
+    only = only_for_gradients(split.plan, chunk, remat, method)
+    if only and in_one_loop(split.plan, steps) is None:
         carry, ys = _run_for_gradients(split, lying, axes, steps, block)
     else:
         carry, ys = run_split(

@@ -12,6 +12,8 @@ from jaxrnn._block import (
     InPlace,
     Steps,
     block_of,
+    given_rows,
+    one_row,
     over_blocks,
     run_block,
     run_invariant,
@@ -35,6 +37,7 @@ from jaxrnn._jaxpr import (
 )
 from jaxrnn._kernel import Recipe, recipe
 from jaxrnn._residuals import Residuals, State, is_moving, only_split
+from jaxrnn._samples_last import in_loops
 
 Array = jax.Array
 PyTree = Any
@@ -117,8 +120,11 @@ class Tangent:
             coefficients=True,
             in_place=in_place,
         )
-        linear = dependents(body.program, inputs[start:stop])
         block = tangent_block(plan, steps, block)
+        plan = in_loops(plan, steps)
+        linear = dependents(body.program, inputs[start:stop])
+        for stage in plan.stages:
+            linear |= dependents(stage.program, [v for v in stage.program.invars if v in linear])
         left = self._left_in_place(plan) if in_place else [False] * len(self.held)
 
         def run_loop(
@@ -266,14 +272,12 @@ def _run_loop(
     steps: Steps,
 ) -> tuple[list[Array], list[Array]]:
     """Runs a loop of a tangent, the variables `linear` of which are tangents."""
-    places = {i: x for i, x in enumerate(rows) if isinstance(x, InPlace)}
-    given = [x.indices if isinstance(x, InPlace) else x for x in rows]
+    given = list(map(given_rows, rows))
     # Transposition wants the linear inputs first.
     order = sorted(range(len(rows)), key=lambda i: loop.xs[i] not in linear)
 
     def step(carry: list[Array], x: list[Array]) -> tuple[list[Array], list[Array]]:
-        xs = dict(zip(order, x, strict=True))
-        xs |= {i: place.row(xs[i]) for i, place in places.items()}
+        xs = {i: one_row(rows[i], value) for i, value in zip(order, x, strict=True)}
         outs = loop.program.run(*consts, *carry, *(xs[i] for i in range(len(rows))))
         return outs[: len(carry)], outs[len(carry) :]
 

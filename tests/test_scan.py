@@ -92,6 +92,11 @@ def test_values_and_gradients_of_every_body(name, setting):
     check(name, setting, 6)
 
 
+@pytest.mark.parametrize("name", BODIES)
+def test_values_and_gradients_with_the_samples_last(name, samples_last_everywhere):
+    check(name, "plain", 6)
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("name", ["integers_and_booleans", "affine_with_readout"])
 def test_values_and_gradients_in_every_setting(name, setting):

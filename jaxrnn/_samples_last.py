@@ -1,0 +1,365 @@
+"""Recurrences whose samples lie on the last axis: `W @ h` for `h @ W`.
+
+For a product of a few rows and a large matrix, XLA on a CPU first brings the matrix into the order
+in which it will read it, at every step anew. A matrix on the left is read as it lies. So a loop
+with such products holds its states transposed, and all that it makes of them.
+
+Then products of few rows are fast, too, and passes over blocks gain nothing any more: results are
+made in one loop over all time. The loop of a tangent stays one among passes, for these are the
+gradients of the weights. What a pass hands to it is transposed for a block at once, what it hands
+on is transposed step by step.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxrnn._block import Steps
+from jaxrnn._choice import samples_last
+from jaxrnn._fission import Loop, Plan, Stage
+from jaxrnn._form import Form
+from jaxrnn._jaxpr import (
+    Atom,
+    Equation,
+    Program,
+    Var,
+    at,
+    bind,
+    dtype,
+    is_elementwise,
+    is_weak,
+    parts,
+    product_options,
+    read,
+    shape,
+    size,
+    size_in_bytes,
+    trace,
+    variables,
+)
+from jaxrnn._lazy import columns, ranges
+from jaxrnn._placement import is_placed
+from jaxrnn._primitives import (
+    IN_KERNELS,
+    PRODUCTS,
+    REDUCTIONS,
+    broadcast_in_dim_p,
+    concatenate_p,
+    convert_element_type_p,
+    dot_general_p,
+    transpose_p,
+)
+
+Array = jax.Array
+
+
+class _MisfitError(Exception):
+    """A loop does what its values would have to be transposed for."""
+
+
+class _Derived(NamedTuple):
+    """A variable that is made of another one."""
+
+    source: Var
+    equations: tuple[Equation, ...]
+    variable: Var
+
+
+class _Turning(NamedTuple):
+    """A loop with the samples last, and what it takes that is new."""
+
+    loop: Loop
+    consts: list[_Derived]
+    rows: list[_Derived]
+
+
+def in_one_loop(plan: Plan, steps: Steps) -> Plan | None:
+    """`plan` without a pass before its one loop, with the samples last in that, if this pays."""
+    (program, loop), *after = plan.stages
+    if loop is None or any(stage.loop is not None for stage in after):
+        return None
+    if steps.fused or not steps.adapts:
+        return None
+    times, count = plan.times, len(loop.consts)
+    states = loop.program.invars[count : count + len(loop.carry)]
+    read = {*variables(plan.body.outvars), *plan.tail.invars}
+    read |= {v for stage in after for v in stage.program.invars}
+    made = [v for v in variables(program.outvars) if v in read]
+    taken = [
+        v
+        for v in dict.fromkeys([*program.invars, *loop.consts, *loop.xs])
+        if v not in program.outvars
+    ]
+    consts = tuple(v for v in taken if times[v] == -1)
+    xs = tuple(v for v in taken if times[v] != -1)
+    step = program.cut(
+        [*consts, *states, *xs],
+        [*loop.program.outvars, *made],
+        [*program.equations, *loop.program.equations],
+    )
+    whole = loop._replace(program=step, consts=consts, xs=xs, ys=(*loop.ys, *made))
+    turned = _turned(whole, is_tangent=False)
+    if turned is None:
+        return None
+    return plan._replace(
+        invariant=_with(plan.invariant, turned.consts),
+        stages=(Stage(program.cut((), (), ()), turned.loop), *after),
+        times=times | {each.variable: -1 for each in turned.consts},
+    )
+
+
+def in_loops(plan: Plan, steps: Steps) -> Plan:
+    """`plan` of a tangent, with the samples last in those of its loops where that pays."""
+    if steps.fused:
+        return plan
+    stages, times, invariant = [], dict(plan.times), plan.invariant
+    for stage in plan.stages:
+        turned = _turned(stage.loop, is_tangent=True) if stage.loop is not None else None
+        if turned is None:
+            stages.append(stage)
+            continue
+        invariant = _with(invariant, turned.consts)
+        stages.append(Stage(_with(stage.program, turned.rows), turned.loop))
+        times |= {each.variable: -1 for each in turned.consts}
+        times |= {each.variable: 0 for each in turned.rows}
+    return plan._replace(invariant=invariant, stages=tuple(stages), times=times)
+
+
+def _with(program: Program, derived: Sequence[_Derived]) -> Program:
+    """`program`, which also makes what is `derived` of its variables or of others."""
+    known = {*program.invars, *(v for e in program.equations for v in e.outvars)}
+    return program.cut(
+        [*program.invars, *(each.source for each in derived if each.source not in known)],
+        [*program.outvars, *(each.variable for each in derived)],
+        [*program.equations, *(e for each in derived for e in each.equations)],
+    )
+
+
+def _turned(loop: Loop, is_tangent: bool) -> _Turning | None:
+    """A loop with the samples last, if that fits and pays."""
+    for is_even in (True, False):
+        samples = _samples(loop, is_tangent, is_even)
+        if samples is None:
+            return None
+        try:
+            return _in_form(loop, Form(samples, is_even), is_tangent)
+        except _MisfitError:
+            continue
+    return None
+
+
+def _in_form(loop: Loop, form: Form, is_tangent: bool) -> _Turning:
+    """A loop that holds its arrays in a form.
+
+    Raises:
+        _MisfitError: if it cannot.
+    """
+    n, m = len(loop.consts), len(loop.consts) + len(loop.carry)
+    inputs = loop.program.invars
+    states = [v for v in inputs[n:m] if len(shape(v)) == 2]
+    weights = variables(e.invars[1] for e in loop.program.equations if e.primitive is dot_general_p)
+    met = variables(
+        a
+        for e in loop.program.equations
+        if e.primitive not in (dot_general_p, transpose_p)
+        for a in e.invars
+        if len(shape(a)) == 2 and shape(a)[1] > 1
+    )
+    fixed = [v for v in inputs[:n] if v in met and shape(v)[0] in (1, form.samples)]
+    moved = [v for v in inputs[m:] if v in met and is_tangent]
+    consts = [
+        *(_derived(v, jnp.transpose) for v in weights),
+        *(_derived(v, form.hold) for v in fixed),
+    ]
+    rows = [_derived(v, form.hold) for v in moved]
+    xs = [each.variable for each in rows]
+    taken = dict(zip(moved, xs, strict=True))
+
+    def step(*args: Array) -> list[Array]:
+        given, across, others, varying = parts(args, n, len(weights), len(fixed))
+        env: dict[Atom, Any] = dict(zip(inputs, [*given, *varying], strict=True))
+        env |= {v: _Held(env[v]) for v in [*states, *moved]}
+        step = _Step(form, is_tangent, env, dict(zip(weights, across, strict=True)))
+        step.env |= {v: _Held(x) for v, x in zip(fixed, others, strict=True)}
+        return step.run(loop)
+
+    types = [
+        *map(_type, [*inputs[:n], *(each.variable for each in consts)]),
+        *(jax.eval_shape(form.hold, _type(v)) if v in states else _type(v) for v in inputs[n:m]),
+        *(_type(taken.get(v, v)) for v in inputs[m:]),
+    ]
+    traced = trace(step, *types)
+    if traced.consts:
+        raise _MisfitError
+    turned = loop._replace(
+        program=traced.program,
+        consts=(*loop.consts, *(each.variable for each in consts)),
+        xs=tuple(taken.get(old, v) for old, v in zip(inputs[m:], loop.xs, strict=True)),
+        form=form,
+    )
+    return _Turning(turned, consts, rows)
+
+
+class _Held(NamedTuple):
+    """A value `[samples, units]`, as the loop holds it."""
+
+    array: Array
+
+
+class _Step:
+    """One step of a loop, on values that are held in a form as long as possible."""
+
+    def __init__(
+        self, form: Form, is_tangent: bool, env: dict[Atom, Any], across: Mapping[Var, Array]
+    ):
+        """Says what the step is given.
+
+        Args:
+            form: how arrays are held.
+            is_tangent: whether the step will be transposed by JAX.
+            env: the values of the inputs.
+            across: the transposes of the matrices that states are multiplied with.
+        """
+        self.form, self.is_tangent, self.env, self.across = form, is_tangent, env, across
+
+    def run(self, loop: Loop) -> list[Array]:
+        """The new carry and ys."""
+        for equation in loop.program.equations:
+            operands = [read(self.env, atom) for atom in equation.invars]
+            with at(equation):
+                results = self._results(equation, operands)
+            self.env.update(zip(equation.outvars, results, strict=True))
+        count = len(loop.carry)
+        outs = [read(self.env, atom) for atom in loop.program.outvars]
+        new = [
+            self._held(atom, x) if len(shape(atom)) == 2 else x
+            for atom, x in zip(loop.program.outvars, outs[:count], strict=False)
+        ]
+        return [*new, *map(self._plain, outs[count:])]
+
+    def _results(self, equation: Equation, operands: list[Any]) -> list[Any]:
+        primitive, params, form = equation.primitive, equation.params, self.form
+        if primitive is dot_general_p:
+            return [self._product(equation, *operands)]
+        if primitive is broadcast_in_dim_p and _is_matrix(equation.outvars[0]):
+            return [self._broadcast(equation, operands[0])]
+        if not any(isinstance(x, _Held) for x in operands):
+            return bind(equation, operands)
+        if is_elementwise(equation) or primitive in IN_KERNELS | {convert_element_type_p}:
+            results = bind(equation, self._alike(equation, operands))
+        elif (cuts := columns(equation)) is not None:
+            results = ranges(operands[0].array, form.ranges(cuts), form.axis)
+        elif primitive is concatenate_p and params["dimension"] == 1:
+            held = [self._held(a, x) for a, x in zip(equation.invars, operands, strict=True)]
+            results = [lax.concatenate(held, form.axis)]
+        elif primitive is transpose_p:
+            return [form.release(operands[0].array).T]
+        elif primitive in REDUCTIONS and not form.is_even:
+            axes = tuple(1 - axis for axis in params["axes"])
+            return [primitive.bind(operands[0].array, **(params | {"axes": axes}))]
+        else:
+            raise _MisfitError
+        return list(map(_Held, results))
+
+    def _product(self, equation: Equation, rows: Any, matrix: Array) -> _Held:
+        """`matrix.T @ rows.T`, written as a product of rows: XLA sees through the transposes.
+
+        What runs reads the matrix as it lies: this product, or that of a tangent's transpose.
+        """
+        (_, (axis,)), _ = equation.params["dimension_numbers"]
+        wanted = 0 if self.is_tangent else 1
+        matrix = matrix if axis == wanted else read(self.across, equation.invars[1])
+        numbers = (((1,), (wanted,)), ((), ()))
+        options = product_options(equation, swapped=False)
+        return _Held(self.form.hold(lax.dot_general(self._plain(rows), matrix, numbers, **options)))
+
+    def _broadcast(self, equation: Equation, operand: Any) -> _Held:
+        """One number, or one for each sample or unit, for all of them."""
+        places, lengths = (equation.params[name] for name in ("broadcast_dimensions", "shape"))
+        if isinstance(operand, _Held) and shape(equation.invars[0])[1] == lengths[1]:
+            return operand
+        if not self.form.is_even:
+            return _Held(lax.broadcast_in_dim(self._plain(operand), lengths, places).T)
+        if places:
+            raise _MisfitError
+        return _Held(jnp.broadcast_to(operand, (1, math.prod(lengths))))
+
+    def _alike(self, equation: Equation, operands: Sequence[Any]) -> list[Array]:
+        """The operands of elementwise work, as they are held."""
+        held = [self._held(a, x) for a, x in zip(equation.invars, operands, strict=True)]
+        whole = size(equation.outvars[0])
+        if self.form.is_even and any(jnp.size(x) not in (1, whole) for x in held):
+            raise _MisfitError
+        return held
+
+    def _held(self, atom: Atom, operand: Any) -> Array:
+        if isinstance(operand, _Held):
+            return operand.array
+        if not shape(atom):
+            return operand
+        is_inside = self.is_tangent or self.form.is_even
+        if len(shape(atom)) != 2 or (is_inside and not _is_matrix(atom)):
+            raise _MisfitError
+        return self.form.hold(operand) if _is_matrix(atom) else operand.T
+
+    def _plain(self, value: Any) -> Array:
+        return self.form.release(value.array) if isinstance(value, _Held) else value
+
+
+def _samples(loop: Loop, is_tangent: bool, is_even: bool) -> int | None:
+    """The number of samples of a loop, if they had better be last."""
+    n = len(loop.consts)
+    consts = loop.program.invars[:n]
+    states = [v for v in loop.program.invars[n : n + len(loop.carry)] if shape(v)]
+    products = [e for e in loop.program.equations if e.primitive in PRODUCTS]
+    if not products or not all(_is_rows_times_matrix(e, consts) for e in products):
+        return None
+    if any(is_placed(v.aval) for v in loop.program.invars):
+        return None
+    rows = {shape(v)[0] for v in [*states, *(e.invars[0] for e in products)]}
+    if len(rows) > 1 or any(len(shape(v)) > 2 for v in states):
+        return None
+    (samples,) = rows
+    weights = sum(map(size_in_bytes, variables(e.invars[1] for e in products)))
+    units = max((shape(v)[1] for v in states if len(shape(v)) == 2), default=0)
+    has_gates = any(shape(e.outvars[0])[1] > units for e in products)
+    pays = samples_last(samples, weights, has_gates, is_tangent, is_even)
+    return samples if pays else None
+
+
+def _is_rows_times_matrix(equation: Equation, consts: Sequence[Var]) -> bool:
+    if equation.primitive is not dot_general_p:
+        return False
+    lhs, rhs = equation.invars
+    (contracted, over), (batch, _) = equation.params["dimension_numbers"]
+    return (
+        rhs in consts
+        and (len(shape(lhs)), len(shape(rhs))) == (2, 2)
+        and (batch, tuple(contracted), len(over)) == ((), (1,), 1)
+        and min(shape(rhs)) > 1
+    )
+
+
+def _is_matrix(atom: Atom) -> bool:
+    return len(shape(atom)) == 2 and min(shape(atom)) > 1
+
+
+def _derived(v: Var, f: Callable[[Array], Array]) -> _Derived:
+    """`f(v)` as a variable."""
+    # A function of its own, or JAX would give the same variables again for another `v` alike.
+    program = trace(functools.partial(f), _type(v)).program
+    (old,), (out,) = program.invars, program.outvars
+    assert isinstance(out, Var)
+    equations = tuple(
+        e.replace(invars=[v if a is old else a for a in e.invars]) for e in program.equations
+    )
+    return _Derived(v, equations, out)
+
+
+def _type(v: Var) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape(v), dtype(v), weak_type=is_weak(v))

@@ -1,0 +1,319 @@
+"""States with the samples on the last axis: where that is so, and that it changes nothing."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_same
+from jax import lax
+from structure import DOT, count, loops, products_in_innermost_loops
+
+import jaxrnn
+
+TIME = 3
+
+
+def lstm(p):
+    def body(carry, x):
+        h, c = carry
+        i, f, g, o = jnp.split(x @ p["w"] + h @ p["u"] + p["b"], 4, axis=-1)
+        c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+        h = jax.nn.sigmoid(o) * jnp.tanh(c)
+        return (h, c), h
+
+    return body
+
+
+def elman(p):
+    def body(h, x):
+        h = jnp.tanh(x @ p["w"] + h @ p["u"] + p["b"])
+        return h, h
+
+    return body
+
+
+def readout(p):
+    step = lstm(p)
+
+    def body(carry, x):
+        carry, h = step(carry, x)
+        return carry, h @ p["u"][:, :7]
+
+    return body
+
+
+def masked(p):
+    step = lstm(p)
+
+    def body(carry, x):
+        x, keep = x[:, 1:], x[:, :1] > 0
+        new, h = step(carry, x)
+        return jax.tree.map(lambda n, o: jnp.where(keep, n, o), new, carry), h
+
+    return body
+
+
+GATES = {lstm: 4, elman: 1, readout: 4, masked: 4}
+
+
+def operands(make, samples, units, features=8):
+    def draw(seed, *shape):
+        drawn = np.random.default_rng(seed).standard_normal(shape)
+        return jnp.asarray(drawn / np.sqrt(units), jnp.float32)
+
+    columns = GATES[make] * units
+    p = {"w": draw(0, features, columns), "u": draw(1, units, columns), "b": draw(2, columns)}
+    h = draw(3, samples, units)
+    return (
+        p,
+        h if make is elman else (h, 2 * h),
+        draw(4, TIME, samples, features + (make is masked)),
+    )
+
+
+def results(scan, make, p, init, xs):
+    return scan(make(p), init, xs)
+
+
+def loss(scan, make, p, init, xs):
+    last, ys = results(scan, make, p, init, xs)
+    return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves((last, ys)))
+
+
+def carries(jaxpr):
+    """The shapes of what the innermost loops carry, of what has an axis."""
+    return [
+        {v.aval.shape for v in body.outvars if v.aval.shape}
+        for body in loops(jaxpr)
+        if not list(loops(body))
+    ]
+
+
+def is_laid_so(make, samples, units, function=results, scan=jaxrnn.scan):
+    """Whether a loop carries states with the samples on the last axis."""
+    jaxpr = jax.make_jaxpr(functools.partial(function, scan, make))(*operands(make, samples, units))
+    across = {(1, samples * units), (units, samples)}
+    return [not shapes.isdisjoint(across) for shapes in carries(jaxpr.jaxpr)]
+
+
+@pytest.mark.parametrize(
+    ("make", "samples", "units", "expected"),
+    [
+        (lstm, 16, 128, [True]),
+        (lstm, 16, 64, [False]),
+        (lstm, 12, 128, [False]),
+        (lstm, 72, 128, [False]),
+        (lstm, 8, 128, [False]),
+        (lstm, 8, 256, [True]),
+        (elman, 16, 256, [False]),
+        (elman, 16, 736, [True]),
+        (masked, 16, 256, [False]),
+        (masked, 32, 256, [True]),
+        (readout, 16, 128, [True]),
+    ],
+)
+def test_results_are_laid_so_for_few_samples_and_large_matrices(make, samples, units, expected):
+    assert is_laid_so(make, samples, units) == expected
+
+
+@pytest.mark.parametrize(
+    ("make", "units", "expected"),
+    [(lstm, 128, [True, False]), (lstm, 384, [True, True]), (masked, 384, [False, False])],
+)
+def test_gradients_are_laid_so_for_larger_ones(make, units, expected):
+    def gradient(*arguments):
+        return jax.grad(functools.partial(loss, *arguments[:2]), (0, 1, 2))(*arguments[2:])
+
+    assert is_laid_so(make, 16, units, gradient) == expected
+
+
+@pytest.mark.parametrize("options", [{"chunk": 2}, {"chunk": None}, {"method": "lax"}])
+def test_whoever_chooses_has_the_choice(options):
+    assert is_laid_so(lstm, 16, 128, scan=functools.partial(jaxrnn.scan, **options)) in (
+        [False],
+        [False, False],  # the last block is shorter
+    )
+
+
+@pytest.mark.several_devices
+def test_not_over_several_devices():
+    assert is_laid_so(lstm, 16, 128) == [False]
+
+
+def test_not_for_a_symbolic_number_of_samples():
+    (samples,) = jax.export.symbolic_shape("b")
+    p, (h, _), xs = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), operands(lstm, 16, 128)
+    )
+    h = jax.ShapeDtypeStruct((samples, *h.shape[1:]), h.dtype)
+    xs = jax.ShapeDtypeStruct((TIME, samples, xs.shape[2]), xs.dtype)
+    run = jax.jit(functools.partial(results, jaxrnn.scan, lstm))
+    exported = jax.export.export(run)(p, (h, h), xs)
+    p, init, xs = operands(lstm, 5, 128)
+    assert_same(exported.call(p, init, xs), results(lax.scan, lstm, p, init, xs), scale=10)
+
+
+@pytest.mark.parametrize(
+    ("make", "samples", "units"),
+    [(lstm, 16, 384), (elman, 8, 736), (masked, 32, 256), (readout, 16, 128)],
+)
+def test_values_and_gradients_are_those_of_lax_scan(make, samples, units):
+    arguments = operands(make, samples, units)
+
+    def both(scan, *arguments):
+        run = functools.partial(loss, scan, make)
+        return results(scan, make, *arguments), jax.grad(run, (0, 1, 2))(*arguments)
+
+    actual, expected = (
+        jax.jit(functools.partial(both, scan))(*arguments) for scan in (jaxrnn.scan, lax.scan)
+    )
+    assert_same(actual, expected, scale=20)
+
+
+def test_results_are_one_loop_and_a_readout_is_a_pass():
+    """Products of the inputs stay in the loop, whose rows no pass has to write."""
+
+    def products(make):
+        run = functools.partial(results, jaxrnn.scan, make)
+        jaxpr = jax.make_jaxpr(run)(*operands(make, 16, 128)).jaxpr
+        return products_in_innermost_loops(jaxpr), count(jaxpr, DOT), len(list(loops(jaxpr)))
+
+    assert products(lstm) == ([2], 2, 1)
+    assert products(readout) == ([2], 3, 1)  # so short, it is one block
+
+
+def test_compiled_the_matrix_is_on_the_left_as_it_lies():
+    """XLA sees through the transposes: `U.T @ h`, and `U @ dz` in the gradient, without a copy."""
+    samples, units = 16, 384
+    arguments = operands(lstm, samples, units)
+    gradient = jax.jit(jax.grad(functools.partial(loss, jaxrnn.scan, lstm), (0, 1, 2)))
+    text = gradient.lower(*arguments).compile().as_text()
+    axes = r".*lhs_contracting_dims=\{1\}, rhs_contracting_dims=\{(\d)\}"
+    products = [
+        (made, over)
+        for made, over in re.findall(rf"= f32\[([\d,]+)\]\S* dot\({axes}", text)
+        if made.endswith(f",{samples}")
+    ]
+    assert sorted(products) == [
+        (f"{4 * units},{samples}", "0"),  # of the state
+        (f"{4 * units},{samples}", "1"),  # of the input, `[samples, features]`
+        (f"{units},{samples}", "0"),
+    ]
+
+
+def test_batch_major_inputs_are_read_where_they_lie():
+    """No array `[T, B, D]` is made of `[B, T, D]`."""
+    p, states, xs = operands(lstm, 16, 128)
+    inputs = jnp.moveaxis(xs, 0, 1)
+
+    def step(x, states):
+        (h, c), _ = lstm(p)(tuple(states), x)
+        return h, [h, c]
+
+    run = jax.jit(functools.partial(jaxrnn.rnn, step, initial_states=list(states)))
+    text = run.lower(inputs).compile().as_text()
+    shapes = [f"f32[{','.join(map(str, x.shape))}]" for x in (inputs, xs)]
+    assert [shape in text for shape in shapes] == [True, False]
+    assert_same(run(inputs)[0], results(lax.scan, lstm, p, states, xs)[1][-1], scale=10)
+
+
+# Wherever it fits, it changes nothing.
+
+
+def hessian_vector_product(run, p, init, xs):
+    def directional(p):
+        return jax.jvp(jax.grad(lambda p: run(p, init, xs)), (p,), (jax.tree.map(jnp.cos, p),))[1]
+
+    return directional(p)
+
+
+TRANSFORMATIONS = {
+    "jvp": lambda run, *operands: jax.jvp(run, operands, jax.tree.map(jnp.cos, operands)),
+    "hessian-vector product": hessian_vector_product,
+    "reverse over reverse": lambda run, p, init, xs: jax.grad(
+        lambda xs: sum(jnp.sum(g**2) for g in jax.tree.leaves(jax.grad(run)(p, init, xs)))
+    )(xs),
+    "vmap over weights": lambda run, p, init, xs: jax.vmap(jax.grad(run), (0, None, None))(
+        jax.tree.map(lambda w: jnp.stack([w, 2 * w, -w]), p), init, xs
+    ),
+    "vmap over batches": lambda run, p, init, xs: jax.vmap(
+        jax.jit(jax.grad(run, (0, 2))), (None, None, 0)
+    )(p, init, jnp.stack([xs, -xs])),
+    "checkpoint": lambda run, *operands: jax.grad(jax.checkpoint(run), (0, 1, 2))(*operands),
+}
+
+
+@pytest.mark.parametrize("make", [lstm, elman, masked, readout])
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_transformations(name, make, samples_last_everywhere):
+    arguments = operands(make, 2, 7 if make is readout else 4)
+
+    def transformed(scan, *arguments):
+        return TRANSFORMATIONS[name](functools.partial(loss, scan, make), *arguments)
+
+    ours = functools.partial(jaxrnn.scan, method="sequential")
+    actual, expected = (
+        jax.jit(functools.partial(transformed, scan))(*arguments) for scan in (ours, lax.scan)
+    )
+    assert_same(actual, expected, scale=20)
+
+
+@pytest.mark.parametrize("options", [{"reverse": True}, {"remat": True}, {"unroll": 2}])
+def test_options(options, samples_last_everywhere):
+    arguments = operands(lstm, 2, 4)
+
+    def both(scan, *arguments):
+        run = functools.partial(loss, scan, lstm)
+        return results(scan, lstm, *arguments), jax.grad(run, (0, 1, 2))(*arguments)
+
+    ours = functools.partial(jaxrnn.scan, method="sequential", **options)
+    theirs = functools.partial(lax.scan, reverse="reverse" in options)
+    actual, expected = (
+        jax.jit(functools.partial(both, scan))(*arguments) for scan in (ours, theirs)
+    )
+    assert_same(actual, expected, scale=20)
+
+
+ODD = {
+    "units exchanged": lambda h, _: jnp.concatenate([h[:, 2:], h[:, :2]], 1),
+    "softmax": lambda h, _: jax.nn.softmax(h),
+    "one number for each sample": lambda h, _: h * h[:, :1],
+    "a sum over samples": lambda h, _: h - h.mean(0),
+    "a maximum over units": lambda h, _: h - h.max(1, keepdims=True),
+    "all of a number": lambda h, x: h * jnp.full(h.shape, x[0, 0]),
+    "inputs as they are": lambda h, x: h * x,
+    "inputs of each sample": lambda h, x: h * x.sum(1)[:, None],
+    "transposed": lambda h, _: jnp.tanh(h.T).T,
+    "turned over": lambda h, _: h[:, ::-1],
+    "every second unit": lambda h, _: h + jnp.repeat(h[:, ::2], 2, axis=1),
+    "a row of weights": lambda h, _: h * W[:1] + W[1],
+    "cut by a comparison": lambda h, x: jnp.where(h > x, h, 0.5 * h),
+    "another dtype": lambda h, _: h.astype(jnp.bfloat16).astype(jnp.float32),
+    "a rule of its own": lambda h, _: jax.nn.relu(h),
+    "the samples among themselves": lambda h, _: W @ h,
+}
+W = np.linspace(-1, 1, 16, dtype=np.float32).reshape(4, 4)
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_else_a_step_may_do(name, samples_last_everywhere):
+    """As many samples as units and features: what lies the wrong way round still fits."""
+
+    def scanned(scan, h, xs):
+        def body(h, x):
+            new = jnp.tanh(ODD[name](h @ W + x @ W.T, x))
+            return new, (new, h.sum(1), x)
+
+        return scan(body, h, xs)
+
+    def both(scan, h, xs):
+        gradient = jax.grad(lambda *a: jnp.sum(jnp.sin(scanned(scan, *a)[1][0])), (0, 1))
+        return scanned(scan, h, xs), gradient(h, xs)
+
+    h, xs = (np.random.default_rng(n).standard_normal(n * (4,)).astype(np.float32) for n in (2, 3))
+    ours = functools.partial(jaxrnn.scan, method="sequential")
+    actual, expected = (jax.jit(functools.partial(both, scan))(h, xs) for scan in (ours, lax.scan))
+    assert_same(actual, expected, scale=20)
