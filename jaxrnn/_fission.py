@@ -70,6 +70,7 @@ class Plan(NamedTuple):
         unread: carries that no step reads and no loop runs: only their last value counts.
         tail: the last values of `unread`, from the last rows of a block.
         times: the time of every variable.
+        accumulated: what depends on the consts whose cotangents are added up over time.
     """
 
     body: Program
@@ -80,6 +81,7 @@ class Plan(NamedTuple):
     unread: tuple[int, ...]
     tail: Program
     times: dict[Var, int]
+    accumulated: frozenset[Var]
 
 
 def fission(
@@ -171,6 +173,7 @@ class _Cut:
             unread,
             tail,
             self.times,
+            frozenset(self.accumulated),
         )
 
     def _unread(self) -> tuple[int, ...]:

@@ -7,20 +7,40 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from jaxrnn._jaxpr import Atom, Equation, Literal, Program, at, bind, read, shape
+from jaxrnn._jaxpr import (
+    Atom,
+    Equation,
+    Literal,
+    Program,
+    Var,
+    at,
+    bind,
+    product_options,
+    read,
+    shape,
+)
+from jaxrnn._placement import is_lone_cpu
 from jaxrnn._primitives import dot_general_p
 
 Array = jax.Array
 
 
-def run_rows(program: Program, has_rows: Sequence[bool], length: int, *args: Any) -> list[Array]:
+def run_rows(
+    program: Program,
+    has_rows: Sequence[bool],
+    length: int,
+    accumulated: frozenset[Var],
+    *args: Any,
+) -> list[Array]:
     """Runs `program` for many rows at once, like `jax.vmap`.
 
     Args:
         program: for one row.
         has_rows: which of `args` have a row for each run; the others are the same in all.
         length: the number of rows.
+        accumulated: the variables whose cotangents are sums over all rows.
         *args: the operands.
 
     Returns:
@@ -39,7 +59,8 @@ def run_rows(program: Program, has_rows: Sequence[bool], length: int, *args: Any
             outs = bind(equation, operands)
         else:
             rows |= set(equation.outvars)
-            product = _matrix_product(equation, axes, *operands)
+            summed = [isinstance(a, Var) and a in accumulated for a in equation.invars]
+            product = _matrix_product(equation, axes, summed == [False, True], *operands)
             outs = (
                 jax.vmap(functools.partial(bind, equation), in_axes=(axes,))(operands)
                 if product is None
@@ -52,12 +73,18 @@ def run_rows(program: Program, has_rows: Sequence[bool], length: int, *args: Any
     ]
 
 
-def _matrix_product(equation: Equation, axes: Sequence[int | None], *operands: Any) -> Any:
+def _matrix_product(
+    equation: Equation, axes: Sequence[int | None], is_summed: bool, *operands: Any
+) -> Any:
     """A product of rows `[L, ..., K]` as one of a matrix, or None where it is no such product.
 
     In the gradient of the matrix all rows are summed over. With several axes of rows XLA first
     transposes an operand, which can take as long as the product; with one axis it need not. On more
     than one device the axes may be split over them, and then cannot be merged.
+
+    If the matrix `is_summed` over rows in the gradient, this is a product of the transpose of the
+    rows and of what comes back. XLA on a CPU has a fast product for a transpose that lies ready: of
+    1024 features and 4096 columns it made 148 GFLOP/s, and 70 otherwise, of 64 and 512 105 and 93.
     """
     if equation.primitive is not dot_general_p or axes != [0, None] or jax.device_count() > 1:
         return None
@@ -74,7 +101,14 @@ def _matrix_product(equation: Equation, axes: Sequence[int | None], *operands: A
     def product(lhs: Array, rhs: Array) -> Array:
         merged = lhs.reshape(math.prod(lhs.shape[:free]), *lhs.shape[free:])
         with at(equation):
-            out = equation.primitive.bind(merged, rhs, **params)
+            if is_summed and is_lone_cpu() and merged.ndim == 2:
+                numbers = (((0,), over), ((), ()))
+                across = lax.optimization_barrier(merged.T)
+                out = lax.dot_general(
+                    across, rhs, numbers, **product_options(equation, swapped=False)
+                )
+            else:
+                out = equation.primitive.bind(merged, rhs, **params)
         return out.reshape(*lhs.shape[:free], *out.shape[1:])
 
     return product(lhs, rhs)

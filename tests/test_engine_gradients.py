@@ -1,6 +1,7 @@
 """Derivatives of the engine are those of `jax.lax.scan`, in every mode and order."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -266,3 +267,17 @@ def test_a_product_for_each_gate(name, flags):
 
     expected = derivatives(lax.scan, reverse=flags.get("reverse", False))
     assert_same(derivatives(jaxrnn.scan, **flags), expected, scale=10)
+
+
+def test_weight_gradients_are_products_of_transposes_that_lie_ready():
+    """Rows are transposed before they are multiplied with what comes back, all steps at once."""
+    arguments = floats()
+    scan = functools.partial(jaxrnn.scan, method="sequential")
+    gradient = jax.jit(jax.grad(functools.partial(loss, scan)))
+    text = gradient.lower(*arguments).compile().as_text()
+    shapes = [arguments[0][name].shape for name in "wuv"]
+    for rows, columns in shapes:
+        made = (
+            rf"= f32\[{rows},{columns}\]\S* dot\(.*contracting_dims=\{{(\d)\}}, rhs_.*=\{{(\d)\}}"
+        )
+        assert re.findall(made, text) == [("1", "0")]
