@@ -175,19 +175,31 @@ def recipe(program: Program, consts: int, carry: int) -> Recipe:
     Raises:
         MisfitError: if it can't be.
     """
+    spelled_out = without_calls(program)
+    if spelled_out is None:
+        raise MisfitError("a function that it calls closes over an array")
+    program = spelled_out
+    traced = trace(functools.partial(in_columns, program), *(v.aval for v in program.invars))
+    program = traced.program
+    if traced.consts:
+        raise MisfitError("it closes over an array")
+    return _without_fixed(program, consts, carry)
+
+
+def without_calls(program: Program) -> Program | None:
+    """`program` with the functions that it calls in place of the calls, without their rules.
+
+    None if one of them closes over an array.
+    """
     while any(map(calls, program.equations)):
         traced = trace(
             functools.partial(inline, program, apply=without_rule),
             *(v.aval for v in program.invars),
         )
         if traced.consts:
-            raise MisfitError("a function that it calls closes over an array")
+            return None
         program = traced.program
-    traced = trace(functools.partial(in_columns, program), *(v.aval for v in program.invars))
-    program = traced.program
-    if traced.consts:
-        raise MisfitError("it closes over an array")
-    return _without_fixed(program, consts, carry)
+    return program
 
 
 def _without_fixed(program: Program, consts: int, carry: int) -> Recipe:

@@ -42,6 +42,7 @@ from jaxrnn._jaxpr import (
     trace,
     variables,
 )
+from jaxrnn._kernel import without_calls
 from jaxrnn._lazy import columns, ranges
 from jaxrnn._placement import is_placed
 from jaxrnn._primitives import (
@@ -102,7 +103,12 @@ def in_one_loop(plan: Plan, steps: Steps) -> Plan | None:
         [*loop.program.outvars, *made],
         [*program.equations, *loop.program.equations],
     )
-    whole = loop._replace(program=step, consts=consts, xs=xs, ys=(*loop.ys, *made))
+    # Whoever differentiates does so by a rule of the whole: those of inner functions do not count.
+    spelled_out = without_calls(step)
+    if spelled_out is None:
+        return None
+    ys = (*loop.ys, *made)
+    whole = loop._replace(program=spelled_out, consts=consts, xs=xs, ys=ys)
     turned = _turned(whole, is_tangent=False)
     if turned is None:
         return None
@@ -171,12 +177,13 @@ def _in_form(loop: Loop, form: Form, is_tangent: bool) -> _Turning:
         if len(shape(a)) == 2 and shape(a)[1] > 1
     )
     fixed = [v for v in inputs[:n] if v in met and shape(v)[0] in (1, form.samples)]
-    moved = [v for v in inputs[m:] if v in met and is_tangent]
+    moved = [v for v in inputs[m:] if v in met and shape(v)[0] == form.samples and is_tangent]
+    outside = dict(zip([*inputs[:n], *inputs[m:]], [*loop.consts, *loop.xs], strict=True))
     consts = [
-        *(_derived(v, jnp.transpose) for v in weights),
-        *(_derived(v, form.hold) for v in fixed),
+        *(_derived(outside[v], jnp.transpose) for v in weights),
+        *(_derived(outside[v], form.hold) for v in fixed),
     ]
-    rows = [_derived(v, form.hold) for v in moved]
+    rows = [_derived(outside[v], form.hold) for v in moved]
     xs = [each.variable for each in rows]
     taken = dict(zip(moved, xs, strict=True))
 
@@ -246,7 +253,7 @@ class _Step:
         primitive, params, form = equation.primitive, equation.params, self.form
         if primitive is dot_general_p:
             return [self._product(equation, *operands)]
-        if primitive is broadcast_in_dim_p and _is_matrix(equation.outvars[0]):
+        if primitive is broadcast_in_dim_p and self._is_whole(equation.outvars[0]):
             return [self._broadcast(equation, operands[0])]
         if not any(isinstance(x, _Held) for x in operands):
             return bind(equation, operands)
@@ -257,9 +264,9 @@ class _Step:
         elif primitive is concatenate_p and params["dimension"] == 1:
             held = [self._held(a, x) for a, x in zip(equation.invars, operands, strict=True)]
             results = [lax.concatenate(held, form.axis)]
-        elif primitive is transpose_p:
+        elif primitive is transpose_p and self._is_whole(equation.invars[0]):
             return [form.release(operands[0].array).T]
-        elif primitive in REDUCTIONS and not form.is_even:
+        elif primitive in REDUCTIONS and self._is_whole(equation.invars[0]) and not form.is_even:
             axes = tuple(1 - axis for axis in params["axes"])
             return [primitive.bind(operands[0].array, **(params | {"axes": axes}))]
         else:
@@ -302,10 +309,15 @@ class _Step:
             return operand.array
         if not shape(atom):
             return operand
-        is_inside = self.is_tangent or self.form.is_even
-        if len(shape(atom)) != 2 or (is_inside and not _is_matrix(atom)):
+        if self._is_whole(atom):
+            return self.form.hold(operand)
+        if len(shape(atom)) != 2 or self.form.is_even:
             raise _MisfitError
-        return self.form.hold(operand) if _is_matrix(atom) else operand.T
+        return operand.T
+
+    def _is_whole(self, atom: Atom) -> bool:
+        """Whether an array has a row of units for each of the samples."""
+        return len(shape(atom)) == 2 and shape(atom)[0] == self.form.samples and shape(atom)[1] > 1
 
     def _plain(self, value: Any) -> Array:
         return self.form.release(value.array) if isinstance(value, _Held) else value
@@ -343,10 +355,6 @@ def _is_rows_times_matrix(equation: Equation, consts: Sequence[Var]) -> bool:
         and (batch, tuple(contracted), len(over)) == ((), (1,), 1)
         and min(shape(rhs)) > 1
     )
-
-
-def _is_matrix(atom: Atom) -> bool:
-    return len(shape(atom)) == 2 and min(shape(atom)) > 1
 
 
 def _derived(v: Var, f: Callable[[Array], Array]) -> _Derived:

@@ -35,6 +35,14 @@ def elman(p):
     return body
 
 
+def rectified(p):
+    def body(h, x):
+        h = jax.nn.relu(x @ p["w"] + h @ p["u"] + p["b"])  # has a derivative rule of its own
+        return h, h
+
+    return body
+
+
 def readout(p):
     step = lstm(p)
 
@@ -56,7 +64,7 @@ def masked(p):
     return body
 
 
-GATES = {lstm: 4, elman: 1, readout: 4, masked: 4}
+GATES = {lstm: 4, elman: 1, rectified: 1, readout: 4, masked: 4}
 
 
 def operands(make, samples, units, features=8):
@@ -69,7 +77,7 @@ def operands(make, samples, units, features=8):
     h = draw(3, samples, units)
     return (
         p,
-        h if make is elman else (h, 2 * h),
+        h if GATES[make] == 1 else (h, 2 * h),
         draw(4, TIME, samples, features + (make is masked)),
     )
 
@@ -110,6 +118,7 @@ def is_laid_so(make, samples, units, function=results, scan=jaxrnn.scan):
         (lstm, 8, 256, [True]),
         (elman, 16, 256, [False]),
         (elman, 16, 736, [True]),
+        (rectified, 16, 736, [True]),
         (masked, 16, 256, [False]),
         (masked, 32, 256, [True]),
         (readout, 16, 128, [True]),
@@ -158,7 +167,7 @@ def test_not_for_a_symbolic_number_of_samples():
 
 @pytest.mark.parametrize(
     ("make", "samples", "units"),
-    [(lstm, 16, 384), (elman, 8, 736), (masked, 32, 256), (readout, 16, 128)],
+    [(lstm, 16, 384), (elman, 8, 736), (rectified, 8, 736), (masked, 32, 256), (readout, 16, 128)],
 )
 def test_values_and_gradients_are_those_of_lax_scan(make, samples, units):
     arguments = operands(make, samples, units)
