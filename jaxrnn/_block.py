@@ -301,10 +301,9 @@ def run_at_once(
     """
     index = jnp.arange(steps.length)
     inputs = plan.body.invars[plan.consts + plan.carry :]
+    whole = variables([*plan.body.outvars, *plan.tail.invars])  # read otherwise, too
     rows = [
-        InPlace(x, index, axis)
-        if axis and v not in variables(plan.body.outvars)
-        else time_first(x, axis)
+        InPlace(x, index, axis) if axis and v not in whole else time_first(x, axis)
         for v, x, axis in zip(inputs, xs, axes, strict=True)
     ]
     return run_block(plan, run_invariant(plan, consts), carry, rows, steps, _run_loop)

@@ -133,11 +133,12 @@ def only_for_gradients(plan: Plan, chunk: Any, remat: bool, method: str) -> bool
 def _gains(equation: Equation, plan: Plan) -> bool:
     """Whether something that leaves the loop runs faster outside.
 
-    Measured on a CPU: a product of 128 rows with a small matrix is as fast in a loop, and so is a
-    convolution of up to 2**18 multiplications. Sums of 2 to 48 terms take less time than their
-    results to be written and read again; of one term and with several rows XLA is slow at them. If
-    products stand in several loops, as in layers written as one step, it takes two rows and the
-    matrix may be large: a second loop costs what the moved products save.
+    Measured on a CPU: a product of 128 rows with a small matrix is as fast in a loop, and one of 32
+    rows beside the loop's own; so is a convolution of up to 2**18 multiplications. Sums of 2 to 48
+    terms take less time than their results to be written and read again; of one term and with
+    several rows XLA is slow at them. If products stand in several loops, as in layers written as
+    one step, it takes two rows and the matrix may be large: a second loop costs what the moved
+    products save.
     """
     work = multiply_adds(equation)
     if equation.primitive is conv_general_dilated_p:
@@ -148,8 +149,8 @@ def _gains(equation: Equation, plan: Plan) -> bool:
     if 1 < terms < _LONG_SUM or (terms == 1 and work == weights):
         return False
     loops = [stage.loop.program for stage in plan.stages if stage.loop is not None]
-    several = sum(any(map(multiply_adds, loop.equations)) for loop in loops) > 1
-    rows, small = (2, math.inf) if several else (128, 1 << 13)
+    held = sum(any(map(multiply_adds, loop.equations)) for loop in loops)
+    rows, small = {0: (128, 1 << 13), 1: (32, 1 << 13)}.get(held, (2, math.inf))
     return not work or work < rows * weights or weights > small
 
 

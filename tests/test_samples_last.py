@@ -12,6 +12,7 @@ from jax import lax
 from structure import DOT, count, loops, products_in_innermost_loops
 
 import jaxrnn
+from jaxrnn import _passes
 
 TIME = 3
 
@@ -229,6 +230,20 @@ def test_batch_major_inputs_are_read_where_they_lie():
     assert_same(run(inputs)[0], results(lax.scan, lstm, p, states, xs)[1][-1], scale=10)
 
 
+def test_batch_major_inputs_that_are_a_state_at_last():
+    """The last input is a state that no step reads: it is no business of the loop."""
+    p, (h, c), xs = operands(lstm, 16, 128)
+
+    def step(x, states):
+        (h, c), _ = lstm(p)(tuple(states[:2]), x)
+        return h, [h, c, 2 * x]
+
+    inputs = jnp.moveaxis(xs, 0, 1)
+    _, outputs, new = jaxrnn.rnn(step, inputs, [h, c, jnp.zeros_like(xs[0])])
+    last, ys = results(lax.scan, lstm, p, (h, c), xs)
+    assert_same((outputs, new), (jnp.moveaxis(ys, 0, 1), [*last, 2 * xs[-1]]), scale=10)
+
+
 # Wherever it fits, it changes nothing.
 
 
@@ -257,7 +272,9 @@ TRANSFORMATIONS = {
 
 @pytest.mark.parametrize("make", [lstm, elman, masked, readout])
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
-def test_transformations(name, make, samples_last_everywhere):
+def test_transformations(name, make, samples_last_everywhere, monkeypatch):
+    """Here all gradients of weights are products of transposes that lie ready, too."""
+    monkeypatch.setattr(_passes, "_is_wide", lambda matrix, _: matrix.ndim == 2)
     arguments = operands(make, 2, 7 if make is readout else 4)
 
     def transformed(scan, *arguments):
