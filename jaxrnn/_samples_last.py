@@ -81,11 +81,11 @@ class _Turning(NamedTuple):
 
 def in_one_loop(plan: Plan, steps: Steps) -> Plan | None:
     """`plan` without a pass before its one loop, with the samples last in that, if this pays."""
+    with_loop = [i for i, stage in enumerate(plan.stages) if stage.loop is not None]
+    if steps.fused or not steps.adapts or with_loop != [0]:
+        return None
     (program, loop), *after = plan.stages
-    if loop is None or any(stage.loop is not None for stage in after):
-        return None
-    if steps.fused or not steps.adapts:
-        return None
+    assert loop is not None
     times, count = plan.times, len(loop.consts)
     states = loop.program.invars[count : count + len(loop.carry)]
     read = {*variables(plan.body.outvars), *plan.tail.invars}
@@ -184,16 +184,14 @@ def _in_form(loop: Loop, form: Form, is_tangent: bool) -> _Turning:
         *(_derived(outside[v], form.hold) for v in fixed),
     ]
     rows = [_derived(outside[v], form.hold) for v in moved]
-    xs = [each.variable for each in rows]
-    taken = dict(zip(moved, xs, strict=True))
+    taken = dict(zip(moved, (each.variable for each in rows), strict=True))
 
     def step(*args: Array) -> list[Array]:
         given, across, others, varying = parts(args, n, len(weights), len(fixed))
         env: dict[Atom, Any] = dict(zip(inputs, [*given, *varying], strict=True))
         env |= {v: _Held(env[v]) for v in [*states, *moved]}
-        step = _Step(form, is_tangent, env, dict(zip(weights, across, strict=True)))
-        step.env |= {v: _Held(x) for v, x in zip(fixed, others, strict=True)}
-        return step.run(loop)
+        env |= {v: _Held(x) for v, x in zip(fixed, others, strict=True)}
+        return _Step(form, is_tangent, env, dict(zip(weights, across, strict=True))).run(loop)
 
     types = [
         *map(_type, [*inputs[:n], *(each.variable for each in consts)]),

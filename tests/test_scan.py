@@ -163,6 +163,7 @@ def both(*args, **kwargs):
         lambda body: both(body, H, X, 7, True, 2),
         lambda body: both(f=body, init=H, xs=X, length=7, reverse=True, unroll=True),
         lambda body: both(body, H, X[:1]),
+        lambda _: both(lambda _, x: (x @ W, None), H, X),  # no loop is left, and no pass
         lambda body: both(body, H, X[:0]),
         lambda body: both(body, H, X, unroll=3),
         lambda body: both(lambda h, _: body(h, H[:, :2]), H, length=5),
