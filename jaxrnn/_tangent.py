@@ -2,17 +2,17 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxrnn._algebra import simplify
 from jaxrnn._block import (
     InPlace,
     Steps,
     block_of,
-    given_rows,
     one_row,
     over_blocks,
     run_block,
@@ -41,6 +41,13 @@ from jaxrnn._samples_last import in_loops
 
 Array = jax.Array
 PyTree = Any
+
+
+class _Left(NamedTuple):
+    """Rows of a block that a loop reads in place, and themselves, to be differentiated instead."""
+
+    in_place: InPlace
+    rows: Array
 
 
 class Tangent:
@@ -190,27 +197,28 @@ class Tangent:
         ]
 
     def _known(self, index: Array, steps: Steps, left: Sequence[bool]) -> list[Any]:
-        """What is known of a block of steps: its xs, the carry before each, what is kept."""
+        """What is known of a block of steps: its xs, the carry before each, what is kept.
+
+        All rows are cut but once. So their cotangent is added in place to that of all steps, and is
+        not a sum of arrays of that size, one for each block.
+        """
         xs = [block_of(x, axis, index, steps) for x, axis in zip(self.xs, self.axes, strict=True)]
+        around = {
+            i: _around(self.rows[state.rows], self.carry[i], index, steps)
+            for i, state in enumerate(self.held)
+            if state.late
+        }
+        after = {self.held[i].rows: rows for i, (_, rows) in around.items()}
+        for place in {state.rows for state in self.held}.difference(after):
+            after[place] = block_of(self.rows[place], 0, index, steps)
         kept: list[Any] = []
         for i, (state, in_place) in enumerate(zip(self.held, left, strict=True)):
-            whole = self.rows[state.rows]
+            whole, rows = self.rows[state.rows], after[state.rows]
             if in_place and steps.length < len(whole):
-                kept.append(InPlace(whole, index))
-            elif state.late:
-                rows = block_of(whole, 0, index, steps)
-                kept.append(_one_before(rows, self._edge(i, index, steps), steps))
+                kept.append(_Left(InPlace(whole, index), rows))
             else:
-                kept.append(block_of(whole, 0, index, steps))
+                kept.append(around[i][0] if state.late else rows)
         return [*xs, *kept]
-
-    def _edge(self, i: int, index: Array, steps: Steps) -> Array:
-        """The carry at the start of a block, of which the rows after each step are there."""
-        first, rows = self.carry[i], self.rows[self.held[i].rows]
-        if steps.length == len(rows):
-            return first
-        before = index[-1] + 1 if steps.reverse else index[0] - 1
-        return jnp.where((before >= 0) & (before < len(rows)), rows[before], first)
 
     def _step(self, *args: Array) -> list[Array]:
         """The tangents of one step's new carry and y, from everything that it may depend on."""
@@ -268,21 +276,29 @@ def _run_loop(
     linear: set[Var],
     consts: Sequence[Array],
     carry: list[Array],
-    rows: Sequence[Array | InPlace],
+    rows: Sequence[Array | _Left],
     steps: Steps,
 ) -> tuple[list[Array], list[Array]]:
     """Runs a loop of a tangent, the variables `linear` of which are tangents."""
-    given = list(map(given_rows, rows))
+    given = [(row.in_place.indices, row.rows) if isinstance(row, _Left) else row for row in rows]
     # Transposition wants the linear inputs first.
     order = sorted(range(len(rows)), key=lambda i: loop.xs[i] not in linear)
 
-    def step(carry: list[Array], x: list[Array]) -> tuple[list[Array], list[Array]]:
-        xs = {i: one_row(rows[i], value) for i, value in zip(order, x, strict=True)}
+    def step(carry: list[Array], x: list[Any]) -> tuple[list[Array], list[Array]]:
+        xs = {i: _row(rows[i], value) for i, value in zip(order, x, strict=True)}
         outs = loop.program.run(*consts, *carry, *(xs[i] for i in range(len(rows))))
         return outs[: len(carry)], outs[len(carry) :]
 
     step = jax.checkpoint(step, prevent_cse=False)
     return steps.scan(step, carry, [given[i] for i in order])
+
+
+def _row(rows: Array | _Left, given: Any) -> Array:
+    """The row of one step, from what the loop is given of them."""
+    if not isinstance(rows, _Left):
+        return given
+    index, row = given
+    return _differentiated_as(one_row(rows.in_place, index), row)
 
 
 Slope = Callable[[Array, Array], Array]
@@ -308,9 +324,33 @@ def _adds_in_place(rows: Array) -> bool:
     return rows.dtype in (jnp.float32, jnp.float64)
 
 
-def _one_before(rows: Array, first: Array, steps: Steps) -> Array:
+def _around(rows: Array, first: Array, index: Array, steps: Steps) -> tuple[Array, Array]:
+    """A carry before and after each step of a block, from the `first` and all that came after."""
+    time, length, reverse = len(rows), len(index), steps.reverse
+    if length == time:
+        return _shifted(rows, first, reverse), rows
+    block = block_of(rows, 0, index, steps)
+    previous = index[-1] + 1 if reverse else index[0] - 1
+    is_first = (previous < 0) | (previous == time)
+    edge = jnp.where(is_first, first, rows[previous])
+    # Rows and edge are one slice in what is differentiated. It takes a selection, which XLA does
+    # not make as fast.
+    start = jnp.clip(index[0] - (0 if reverse else 1), 0, time - length - 1)
+    cut = lax.dynamic_slice_in_dim(rows, start, length + 1, allow_negative_indices=False)
+    cut = jnp.where(is_first, _shifted(cut, first, reverse), cut)
+    before, after = (cut[1:], cut[:-1]) if reverse else (cut[:-1], cut[1:])
+    earlier = _shifted(block, edge, reverse)
+    return _differentiated_as(earlier, before), _differentiated_as(block, after)
+
+
+def _shifted(rows: Array, first: Array, reverse: bool) -> Array:
     """For every step the row of the step before it, and `first` for the first."""
-    return jnp.concatenate([rows[1:], first[None]] if steps.reverse else [first[None], rows[:-1]])
+    return jnp.concatenate([rows[1:], first[None]] if reverse else [first[None], rows[:-1]])
+
+
+def _differentiated_as(value: Array, same: Array) -> Array:
+    """`value`, which is differentiated as what is the `same` but computed otherwise."""
+    return _with_slope(_as_it_is, lax.stop_gradient(value), same)
 
 
 def _as_it_is(_value: Array, tangent: Array) -> Array:

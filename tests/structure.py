@@ -71,9 +71,14 @@ ALL_COLLECTIVES = "(?:all-reduce|all-gather|all-to-all|collective-permute|reduce
 
 
 def executed_collectives(hlo: str, kind: str = "all-reduce") -> int:
-    """How often a collective, or any of `ALL_COLLECTIVES`, runs in a compiled program's text.
+    """How often a collective, or any of `ALL_COLLECTIVES`, runs in a compiled program's text."""
+    return executions(hlo, rf" {kind}(-start)?\(")
 
-    A collective in the body of a `while` counts as often as the loop runs.
+
+def executions(hlo: str, pattern: str) -> int:
+    """How often lines with a pattern run in a compiled program's text.
+
+    One in the body of a `while` counts as often as the loop runs.
     """
     computations: dict[str, list[str]] = {}
     entry = lines = None
@@ -88,7 +93,7 @@ def executed_collectives(hlo: str, kind: str = "all-reduce") -> int:
     def runs(name: str) -> int:
         total = 0
         for line in computations[name]:
-            total += bool(re.search(rf" {kind}(-start)?\(", line))
+            total += bool(re.search(pattern, line))
             called = re.findall(r"(?:calls|to_apply|body|true_computation)=%?([\w.\-]+)", line)
             times = 1
             if " while(" in line:

@@ -9,6 +9,7 @@ import pytest
 from bodies import BODIES
 from helpers import assert_same
 from jax import lax
+from structure import executions
 
 import jaxrnn
 
@@ -181,6 +182,30 @@ def test_input_gradients_are_written_block_by_block(dtype, flags):
     text = jax.jit(jax.grad(loss)).lower(xs).compile().as_text()
     assert f"[64,{BATCH},1]" in text
     assert not re.search(rf"= \w+\[64,{BATCH},1\]\S* add\(", text)
+
+
+@pytest.mark.parametrize("make", ["lstm_split", "gru_reset_after", "elman_cell"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_second_derivatives_make_no_array_of_all_steps_for_each_block(make, reverse):
+    """Nor would their time grow with the square of the number of steps otherwise."""
+
+    def whole_arrays(time):
+        run, operands = problem(time, make)
+
+        def loss(*a):
+            _, ys = run(jaxrnn.scan, *a, chunk=8, method="sequential", reverse=reverse)
+            return sum(jnp.sum(y**2) for y in jax.tree.leaves(ys))
+
+        def squares(*a):
+            inner = jax.grad(loss, (0, 1, 2))(*a)
+            return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(inner))
+
+        text = jax.jit(jax.grad(squares, (0, 1, 2))).lower(*operands).compile().as_text()
+        assert f"f32[{time},{BATCH},{UNITS}]" in text
+        made = rf"= f32\[{time},{BATCH},{UNITS}\]\S* (add|broadcast|copy)\("
+        return executions(text, made)
+
+    assert whole_arrays(80) == whole_arrays(40)
 
 
 def test_inputs_are_not_turned_as_a_whole():
