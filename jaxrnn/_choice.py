@@ -29,6 +29,8 @@ from jaxrnn._primitives import conv_general_dilated_p
 
 # Terms of a sum that takes a CPU longer than to write and read its result.
 _LONG_SUM = 64
+# Terms of the numbers that a product makes from which on several cores gain more than the cache.
+_MANY_TERMS = 128
 
 
 def is_worthwhile(plan: Plan) -> bool:
@@ -219,14 +221,18 @@ def reads_in_place(steps: Steps) -> bool:
 def results_block(plan: Plan, steps: Steps, block: int) -> int:
     """Timesteps per block of results whose gradient is in blocks of `block`.
 
-    Nothing is contracted over the block here, and products of few steps are as fast as those of
-    many. Measured on a CPU, 26 steps and sizes: in blocks of 256 KiB results were 0.94 to 7.6 times
-    as fast as from `lax.scan`, in blocks of 2 MiB 0.72 to 7.1 times, with four times the memory.
-    Where steps are cheap, without products, a block costs more than that gains; so it does where
-    they have more work than for one core, and several wait for each other.
+    Nothing is contracted over the block here, so that it need not be long. Measured on a CPU, 26
+    steps and sizes: in blocks of 256 KiB results were 0.94 to 7.6 times as fast as from `lax.scan`,
+    in blocks of 2 MiB 0.72 to 7.1 times, with four times the memory. Three kinds keep the longer
+    ones. Products of many terms: XLA runs one on a single core that makes up to 2**16 numbers, and
+    with 128 terms and more both cores gain more than the cache (0.73 to 1.51 times as fast, mostly
+    more than 1). Steps without products, to which each block is a cost. And those that have more
+    work than for one core, where several wait for each other.
     """
     work = sum(map(multiply_adds, _in_loops(plan)))
     if not steps.adapts or jax.device_count() > 1 or not 0 < work <= 1 << 21:
+        return block
+    if max(map(_terms, filter(multiply_adds, _in_passes(plan))), default=0) >= _MANY_TERMS:
         return block
     return _near_divisor(block, max(4, (256 << 10) // max(_bytes_of_passes(plan), 1)))
 
