@@ -109,6 +109,16 @@ def test_one_block_where_that_takes_little_memory():
     assert blocks(jaxrnn.cells.lstm(H), two_mib) == two_mib // 4
 
 
+def test_results_of_products_of_many_terms_keep_the_blocks_of_gradients():
+    def text(features):
+        cell = jaxrnn.cells.simple_rnn(128)
+        step = cell.step(cell.init(jax.random.key(0), features))
+        return jaxrnn.explain(step, jnp.ones((8, 512, features)), cell.initial_states(8))
+
+    assert "results in blocks of" in text(64)
+    assert "results in blocks of" not in text(128)
+
+
 def test_a_state_larger_than_what_the_passes_make_has_shorter_blocks():
     """The passes make [B, 2, N], the gradient's go over rows like the state, [B, N, N]."""
     n, time = 32, 192
