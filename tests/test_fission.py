@@ -434,6 +434,25 @@ def test_the_weight_gradient_is_contracted_over_whole_blocks():
     assert not kernels_in_innermost_loops(gradient)
 
 
+@pytest.mark.parametrize(("units", "blocks"), [(512, 8), (2048, 2)])
+def test_gradients_of_large_weights_are_added_to_less_often(units, blocks):
+    """Of 16 MiB that the passes make a block makes 2, or half the bytes of the weights."""
+    batch = 4
+    time = (16 << 20) // (4 * batch * units)
+    shapes = [(FEATURES, units), (units, units), (batch, units), (time, batch, FEATURES)]
+    w, u, h, xs = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+
+    def of(w, u, h, xs):
+        def step(h, x):
+            return jnp.tanh(x @ w + h @ u), None
+
+        return total(jaxrnn.scan(step, h, xs)[0])
+
+    gradient = jax.make_jaxpr(jax.grad(of, 1))(w, u, h, xs).jaxpr
+    products = [(e.outvars[0].aval.shape, n) for e, n in equations(gradient) if e.primitive is DOT]
+    assert [times for made, times in products if made == u.shape] == [blocks]
+
+
 def test_exponentials_of_a_product_free_gradient_are_in_no_loop():
     """The transposes of shifts would each compute them again: a sum over paths, as for CTC."""
     rng = np.random.default_rng(0)
