@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxrnn._block import Steps
-from jaxrnn._choice import samples_last
+from jaxrnn._choice import samples_last, take_all_cores
 from jaxrnn._fission import Loop, Plan, Stage
 from jaxrnn._form import Form
 from jaxrnn._jaxpr import (
@@ -109,7 +109,7 @@ def in_one_loop(plan: Plan, steps: Steps) -> Plan | None:
         return None
     ys = (*loop.ys, *made)
     whole = loop._replace(program=spelled_out, consts=consts, xs=xs, ys=ys)
-    turned = _turned(whole, is_tangent=False)
+    turned = _turned(whole, is_tangent=False, has_pass=take_all_cores(program.equations))
     if turned is None:
         return None
     return plan._replace(
@@ -146,10 +146,10 @@ def _with(program: Program, derived: Sequence[_Derived]) -> Program:
     )
 
 
-def _turned(loop: Loop, is_tangent: bool) -> _Turning | None:
+def _turned(loop: Loop, is_tangent: bool, has_pass: bool = False) -> _Turning | None:
     """A loop with the samples last, if that fits and pays."""
     for is_even in (True, False):
-        samples = _samples(loop, is_tangent, is_even)
+        samples = _samples(loop, is_tangent, is_even, has_pass)
         if samples is None:
             return None
         try:
@@ -321,7 +321,7 @@ class _Step:
         return self.form.release(value.array) if isinstance(value, _Held) else value
 
 
-def _samples(loop: Loop, is_tangent: bool, is_even: bool) -> int | None:
+def _samples(loop: Loop, is_tangent: bool, is_even: bool, has_pass: bool) -> int | None:
     """The number of samples of a loop, if they had better be last."""
     n = len(loop.consts)
     consts = loop.program.invars[:n]
@@ -338,7 +338,7 @@ def _samples(loop: Loop, is_tangent: bool, is_even: bool) -> int | None:
     weights = sum(map(size_in_bytes, variables(e.invars[1] for e in products)))
     units = max((shape(v)[1] for v in states if len(shape(v)) == 2), default=0)
     has_gates = any(shape(e.outvars[0])[1] > units for e in products)
-    pays = samples_last(samples, weights, has_gates, is_tangent, is_even)
+    pays = samples_last(samples, weights, has_gates, is_tangent, is_even, has_pass)
     return samples if pays else None
 
 

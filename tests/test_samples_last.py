@@ -101,9 +101,10 @@ def carries(jaxpr):
     ]
 
 
-def is_laid_so(make, samples, units, function=results, scan=jaxrnn.scan):
+def is_laid_so(make, samples, units, function=results, scan=jaxrnn.scan, features=8):
     """Whether a loop carries states with the samples on the last axis."""
-    jaxpr = jax.make_jaxpr(functools.partial(function, scan, make))(*operands(make, samples, units))
+    arguments = operands(make, samples, units, features)
+    jaxpr = jax.make_jaxpr(functools.partial(function, scan, make))(*arguments)
     across = {(1, samples * units), (units, samples)}
     return [not shapes.isdisjoint(across) for shapes in carries(jaxpr.jaxpr)]
 
@@ -127,6 +128,14 @@ def is_laid_so(make, samples, units, function=results, scan=jaxrnn.scan):
 )
 def test_results_are_laid_so_for_few_samples_and_large_matrices(make, samples, units, expected):
     assert is_laid_so(make, samples, units) == expected
+
+
+@pytest.mark.parametrize(
+    ("features", "units", "expected"),
+    [(127, 128, [True]), (128, 128, [False]), (128, 256, [True])],
+)
+def test_a_pass_of_long_sums_is_given_up_for_larger_matrices(features, units, expected):
+    assert is_laid_so(lstm, 16, units, features=features) == expected
 
 
 @pytest.mark.parametrize(
