@@ -3,7 +3,9 @@
 The table of cases is in `cases` and can be imported from here.
 """
 
-from collections.abc import Callable
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -262,6 +264,17 @@ def scalar_of(results: Any, xp: ModuleType = jnp):
             weights = np.cos(np.arange(leaf.size) + number).reshape(leaf.shape)
             total = total + xp.sum(leaf * weights.astype(leaf.dtype))
     return total
+
+
+@contextlib.contextmanager
+def checking_leaks() -> Iterator[None]:
+    """`jax.checking_leaks`, which searches all objects after every trace: here, the new ones."""
+    gc.freeze()
+    try:
+        with jax.checking_leaks():
+            yield
+    finally:
+        gc.unfreeze()
 
 
 def numerical_gradient(function: Callable[[Any], Any], tree: Any, delta: float = 1e-5):

@@ -1,6 +1,7 @@
 """Every example in its short form, in a process of its own, as a user runs it."""
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -17,9 +18,13 @@ NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "run"
 
 
 def run(script, *arguments):
-    """Warnings are errors."""
+    """Warnings are errors, and programs are compiled to be fast, unlike those of the tests."""
     command = [sys.executable, "-W", "error", script, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    of_tests = ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS")  # see conftest.py
+    env = {name: value for name, value in os.environ.items() if name not in of_tests}
+    return subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=900, check=False
+    )
 
 
 def peers_missing(name):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from bodies import BODIES, TIME
-from helpers import assert_same
+from helpers import assert_same, checking_leaks
 from jax import export, lax
 from structure import DOT, SCAN, equations
 
@@ -353,7 +353,7 @@ def test_no_tracer_leaks():
         h = jax.jit(lambda u: H @ u)(u)
         return jaxrnn.scan(elman(W, u), h, X[:6], chunk=3, remat=remat, **SPLIT)[1].sum()
 
-    with jax.checking_leaks():
+    with checking_leaks():
         for remat in (False, True):
             of = functools.partial(loss, remat=remat)
             jax.jit(jax.grad(of))(U)

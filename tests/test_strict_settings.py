@@ -15,6 +15,7 @@ from helpers import (
     TIME,
     assert_identical,
     assert_same,
+    checking_leaks,
     reference_rnn,
     scalar_of,
 )
@@ -32,7 +33,7 @@ def strict():
     with (
         jax.numpy_rank_promotion("raise"),
         jax.numpy_dtype_promotion("strict"),
-        jax.checking_leaks(),
+        checking_leaks(),
         jax.debug_nans(True),
     ):
         yield

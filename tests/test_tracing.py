@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import CASES, GAPS, RESETS, assert_same, reference_rnn
+from helpers import CASES, GAPS, RESETS, assert_same, checking_leaks, reference_rnn
 
 import jaxrnn
 
@@ -240,6 +240,6 @@ def test_no_tracer_leaks():
         moved = arguments._replace(params=params)
         return case.call(jaxrnn.rnn, jnp, moved, mask=GAPS)[0].sum()
 
-    with jax.checking_leaks():
+    with checking_leaks():
         jax.grad(loss)(jax.tree.map(jnp.asarray, arguments.params))
         jax.jit(jax.grad(loss))(arguments.params)
