@@ -21,6 +21,7 @@ from jaxrnn._jaxpr import (
     product_options,
     read,
     shape,
+    variables,
 )
 from jaxrnn._placement import is_lone_cpu
 from jaxrnn._primitives import dot_general_p
@@ -62,8 +63,8 @@ def run_rows(
         else:
             rows |= set(equation.outvars)
             summed = [isinstance(a, Var) and a in accumulated for a in equation.invars]
-            lhs = equation.invars[0]
-            together = columns[lhs] if summed == [False, True] and is_row(lhs) else 0
+            first = equation.invars[0]
+            together = columns[first] if isinstance(first, Var) and summed == [False, True] else 0
             product = _matrix_product(equation, axes, together, *operands)
             outs = (
                 jax.vmap(functools.partial(bind, equation), in_axes=(axes,))(operands)
@@ -78,7 +79,7 @@ def run_rows(
 
 
 def _matrix_product(
-    equation: Equation, axes: Sequence[int | None], columns: int, *operands: Any
+    equation: Equation, axes: Sequence[int | None], together: int, *operands: Any
 ) -> Any:
     """A product of rows `[L, ..., K]` as one of a matrix, or None where it is no such product.
 
@@ -90,8 +91,8 @@ def _matrix_product(
     and of what comes back. XLA on a CPU has a fast product for a transpose that lies ready: of 1024
     features and 4096 columns it made 148 GFLOP/s, and 70 otherwise; of 64 and 512 105 and 93; of
     512 and 512 87 and 98, for what there is to transpose is more beside the product. It is
-    transposed once for all products of the same rows, which together have so many `columns`: with
-    a product for each gate, gradients of GRU and LSTM were 1.00 to 1.07 times as fast so.
+    transposed once for all products of the same rows, which have so many columns `together`: with a
+    product for each gate, gradients of GRU and LSTM were 1.00 to 1.07 times as fast so.
     """
     if equation.primitive is not dot_general_p or axes != [0, None] or jax.device_count() > 1:
         return None
@@ -108,7 +109,7 @@ def _matrix_product(
     def product(lhs: Array, rhs: Array) -> Array:
         merged = lhs.reshape(math.prod(lhs.shape[:free]), *lhs.shape[free:])
         with at(equation):
-            if columns and is_lone_cpu() and _is_wide(rhs, over, columns):
+            if is_lone_cpu() and _is_wide(rhs, over, together):
                 numbers = (((0,), over), ((), ()))
                 across = lax.optimization_barrier(merged.T)
                 out = lax.dot_general(
@@ -121,14 +122,13 @@ def _matrix_product(
     return product(lhs, rhs)
 
 
-def _columns_by_rows(program: Program, accumulated: frozenset[Var]) -> Counter[Atom]:
+def _columns_by_rows(program: Program, accumulated: frozenset[Var]) -> Counter[Var]:
     """How many columns rows are multiplied with whose gradients are sums over all rows."""
-    columns: Counter[Atom] = Counter()
+    columns: Counter[Var] = Counter()
     for equation in program.equations:
-        if equation.primitive is dot_general_p:
-            lhs, rhs = equation.invars
-            if rhs in accumulated and shape(equation.outvars[0]):
-                columns[lhs] += shape(equation.outvars[0])[-1]
+        operands = variables(equation.invars)  # without numbers, which may be multiplied, too
+        if equation.primitive is dot_general_p and accumulated.intersection(operands[1:]):
+            columns[operands[0]] += max(shape(equation.outvars[0])[-1:], default=0)
     return columns
 
 

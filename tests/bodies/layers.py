@@ -251,10 +251,12 @@ def scalars(p):
 
 @body(consts=layer(), init=state())
 def einsum_forms(p):
-    """Weights first, transposed weights, and a contraction over two axes."""
+    """Weights first, transposed weights, a contraction over two axes, products with a number."""
 
     def f(h, x):
-        z = jnp.einsum("kd,bk->bd", p["w"], x) + jnp.einsum("dk,bd->bk", p["u"], h)
+        half, outer = x.dtype.type(0.5), (((), ()), ((), ()))
+        w, x = lax.dot_general(half, p["w"], outer), lax.dot_general(x, half, outer)
+        z = jnp.einsum("kd,bk->bd", w, x) + jnp.einsum("dk,bd->bk", p["u"], h)
         h = jnp.tanh(z + jnp.einsum("ij,bi,bj->b", p["u"], h, h)[:, None] + h @ p["u"].T)
         return h, jnp.einsum("bd,bk->dk", h, x)
 
