@@ -283,7 +283,11 @@ TRANSFORMATIONS = {
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_transformations(name, make, samples_last_everywhere, monkeypatch):
     """Here all gradients of weights are products of transposes that lie ready, too."""
-    monkeypatch.setattr(_passes, "_is_wide", lambda matrix, _: matrix.ndim == 2)
+
+    def is_wide(matrix, _, together):
+        return matrix.ndim == 2 and together > 0
+
+    monkeypatch.setattr(_passes, "_is_wide", is_wide)
     arguments = operands(make, 2, 7 if make is readout else 4)
 
     def transformed(scan, *arguments):
