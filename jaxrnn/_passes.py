@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +21,6 @@ from jaxrnn._jaxpr import (
     product_options,
     read,
     shape,
-    variables,
 )
 from jaxrnn._placement import is_lone_cpu
 from jaxrnn._primitives import dot_general_p
@@ -54,7 +53,7 @@ def run_rows(
     def is_row(atom: Atom) -> bool:
         return not isinstance(atom, Literal) and atom in rows
 
-    columns = _columns_by_rows(program, accumulated)
+    together = _columns_together(program, accumulated)
     for equation in program.equations:
         operands = [read(env, atom) for atom in equation.invars]
         axes = [0 if is_row(atom) else None for atom in equation.invars]
@@ -62,10 +61,8 @@ def run_rows(
             outs = bind(equation, operands)
         else:
             rows |= set(equation.outvars)
-            summed = [isinstance(a, Var) and a in accumulated for a in equation.invars]
-            first = equation.invars[0]
-            together = columns[first] if isinstance(first, Var) and summed == [False, True] else 0
-            product = _matrix_product(equation, axes, together, *operands)
+            columns = together.get(equation.outvars[0], 0)
+            product = _matrix_product(equation, axes, columns, *operands)
             outs = (
                 jax.vmap(functools.partial(bind, equation), in_axes=(axes,))(operands)
                 if product is None
@@ -122,14 +119,19 @@ def _matrix_product(
     return product(lhs, rhs)
 
 
-def _columns_by_rows(program: Program, accumulated: frozenset[Var]) -> Counter[Var]:
-    """How many columns rows are multiplied with whose gradients are sums over all rows."""
-    columns: Counter[Var] = Counter()
+def _columns_together(program: Program, accumulated: frozenset[Var]) -> dict[Var, int]:
+    """How many columns all products of the same rows have, for the result of each of them.
+
+    Counted are products with a matrix whose gradient is a sum over all rows.
+    """
+    groups: dict[Var, list[Var]] = defaultdict(list)
     for equation in program.equations:
-        operands = variables(equation.invars)  # without numbers, which may be multiplied, too
-        if equation.primitive is dot_general_p and accumulated.intersection(operands[1:]):
-            columns[operands[0]] += max(shape(equation.outvars[0])[-1:], default=0)
-    return columns
+        if equation.primitive is dot_general_p:
+            summed = [isinstance(a, Var) and a in accumulated for a in equation.invars]
+            lhs, (out,) = equation.invars[0], equation.outvars
+            if summed == [False, True] and isinstance(lhs, Var):
+                groups[lhs].append(out)
+    return {out: sum(sum(shape(v)[-1:]) for v in outs) for outs in groups.values() for out in outs}
 
 
 def _is_wide(matrix: Array, over: Sequence[int], together: int) -> bool:

@@ -269,6 +269,13 @@ def test_a_product_for_each_gate(name, flags):
     assert_same(derivatives(jaxrnn.scan, **flags), expected, scale=10)
 
 
+def contracted_axes(text, *shape):
+    """Of all products of a shape in a compiled program, the axes contracted over."""
+    product = rf"= f32\[{','.join(map(str, shape))}\]\S* dot\(.*"
+    axes = r"lhs_contracting_dims=\{(\d)\}, rhs_contracting_dims=\{(\d)\}"
+    return re.findall(product + axes, text)
+
+
 @pytest.mark.parametrize(("columns", "expected"), [(128, ("1", "0")), (4, ("0", "0"))])
 def test_gradients_of_wide_weights_are_products_of_transposes_that_lie_ready(columns, expected):
     """Rows are transposed before they are multiplied with what comes back, all steps at once."""
@@ -280,9 +287,7 @@ def test_gradients_of_wide_weights_are_products_of_transposes_that_lie_ready(col
         )
 
     text = jax.jit(jax.grad(of)).lower(w).compile().as_text()
-    product = rf"= f32\[{FEATURES},{columns}\]\S* dot\(.*"
-    axes = r"lhs_contracting_dims=\{(\d)\}, rhs_contracting_dims=\{(\d)\}"
-    assert re.findall(product + axes, text) == [expected]
+    assert contracted_axes(text, FEATURES, columns) == [expected]
 
 
 @pytest.mark.parametrize(("gates", "expected"), [(1, ("0", "0")), (2, ("1", "0"))])
@@ -300,7 +305,5 @@ def test_one_transpose_serves_the_gradients_of_all_gates(gates, expected):
 
     program = jax.jit(jax.grad(functools.partial(of, ENGINE)))
     text = program.lower(ws).compile().as_text()
-    product = r"= f32\[400,384\]\S* dot\(.*"
-    axes = r"lhs_contracting_dims=\{(\d)\}, rhs_contracting_dims=\{(\d)\}"
-    assert re.findall(product + axes, text) == [expected] * gates
+    assert contracted_axes(text, 400, 384) == [expected] * gates
     assert_same(program(ws), jax.grad(functools.partial(of, lax.scan))(ws), scale=10)

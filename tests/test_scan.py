@@ -105,6 +105,7 @@ OTHERWISE = [
     "vectors",
     "scalars",
     "einsum_forms",
+    "products_with_a_number",
     "block_heads",
     "convolutional",
     "attention",

@@ -251,14 +251,25 @@ def scalars(p):
 
 @body(consts=layer(), init=state())
 def einsum_forms(p):
-    """Weights first, transposed weights, a contraction over two axes, products with a number."""
+    """Weights first, transposed weights, and a contraction over two axes."""
+
+    def f(h, x):
+        z = jnp.einsum("kd,bk->bd", p["w"], x) + jnp.einsum("dk,bd->bk", p["u"], h)
+        h = jnp.tanh(z + jnp.einsum("ij,bi,bj->b", p["u"], h, h)[:, None] + h @ p["u"].T)
+        return h, jnp.einsum("bd,bk->dk", h, x)
+
+    return f
+
+
+@body(consts=layer(), init=state())
+def products_with_a_number(p):
+    """On either side of `dot_general`, where weights or rows are on the other."""
 
     def f(h, x):
         half, outer = x.dtype.type(0.5), (((), ()), ((), ()))
         w, x = lax.dot_general(half, p["w"], outer), lax.dot_general(x, half, outer)
-        z = jnp.einsum("kd,bk->bd", w, x) + jnp.einsum("dk,bd->bk", p["u"], h)
-        h = jnp.tanh(z + jnp.einsum("ij,bi,bj->b", p["u"], h, h)[:, None] + h @ p["u"].T)
-        return h, jnp.einsum("bd,bk->dk", h, x)
+        h = jnp.tanh(x @ w + h @ p["u"])
+        return h, h
 
     return f
 
