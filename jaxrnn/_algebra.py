@@ -125,7 +125,7 @@ class _Rewriter:
             for v in variables(e.invars)
         }
         self.only_sliced = self._only_sliced()
-        self.only_columns = self._only_columns()
+        self.only_cut = self._only_cut()
         self.groups = self._groups()
         sums = rejoined(program, self.uses) if to_be_transposed else []
         self.rejoined = {v: each for each in sums for v in each.outs}
@@ -204,7 +204,7 @@ class _Rewriter:
         Not if a whole product is added: then the sum is as contiguous as its parts, and one array
         of all gates is faster to compute and to keep than an array for each.
         """
-        return self.only_columns[equation.outvars[0]] and any(
+        return self.only_cut[equation.outvars[0]] and any(
             isinstance(value, _lazy.Map)
             or (
                 isinstance(value, _lazy.Sum)
@@ -296,12 +296,12 @@ class _Rewriter:
             bool, {v: not others[v] and n <= size_in_bytes(v) for v, n in parts.items()}
         )
 
-    def _only_columns(self) -> dict[Var, bool]:
-        """Whether a variable is read by columns alone, directly or through elementwise work."""
+    def _only_cut(self) -> dict[Var, bool]:
+        """Whether only ranges of a variable are read, directly or through elementwise work."""
         only: dict[Var, bool] = defaultdict(bool)
         for equation in reversed(self.equations):
             for v in variables(equation.invars):
-                if _lazy.columns(equation) is not None:
+                if _lazy.cut_axis(equation) is not None:
                     only[v] = self.only_sliced[v] and (v not in only or only[v])
                 elif self.uses[v] == 1 and is_elementwise(equation):
                     (out,) = equation.outvars

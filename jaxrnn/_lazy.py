@@ -95,7 +95,7 @@ class Concatenation(Value):
 
 
 class Map(Value):
-    """An elementwise operation on a sum of early and late parts, of which only columns are read."""
+    """An elementwise operation on a sum of early and late parts, of which only ranges are read."""
 
     def __init__(self, operands: Sequence[Value], equation: Equation):
         super().__init__(max(value.stage for value in operands))
@@ -105,11 +105,14 @@ class Map(Value):
         return bind(self.equation, [value.array for value in self.operands])[0]
 
     def arranged(self, equation: Equation) -> list[Value]:
-        count = len(equation.outvars)
+        axis = cut_axis(equation)
+        if axis is None:
+            return super().arranged(equation)
+        (length,) = shape(self.equation.outvars[0])[axis : axis + 1]
         taken = [
             value.arranged(equation)
-            if shape(atom)[-1:] == shape(self.equation.outvars[0])[-1:]
-            else [value] * count
+            if shape(atom)[axis : axis + 1] == (length,)
+            else [value] * len(equation.outvars)
             for atom, value in zip(self.equation.invars, self.operands, strict=True)
         ]
         return [Map(column, self.equation) for column in zip(*taken, strict=True)]
@@ -172,15 +175,26 @@ def ranges(array: Array, cuts: Sequence[tuple[int, int]], axis: int) -> list[Arr
 
 def columns(equation: Equation) -> list[tuple[int, int]] | None:
     """The ranges of the last axis that a slice or split takes, if it cuts no other axis."""
-    if equation.primitive not in (slice_p, split_p()):
+    axis, params = cut_axis(equation), equation.params
+    if axis is None or axis != len(shape(equation.invars[0])) - 1:
         return None
-    whole = shape(equation.invars[0])
+    if equation.primitive is slice_p:
+        return [(params["start_indices"][axis], params["limit_indices"][axis])]
+    stops = [sum(params["sizes"][: i + 1]) for i in range(len(params["sizes"]))]
+    return list(zip([0, *stops[:-1]], stops, strict=True))
+
+
+def cut_axis(equation: Equation) -> int | None:
+    """The axis of which a slice or split takes ranges, if it cuts no other axis."""
     params = equation.params
-    if equation.primitive is split_p() and params["axis"] == len(whole) - 1:
-        stops = [sum(params["sizes"][: i + 1]) for i in range(len(params["sizes"]))]
-        return list(zip([0, *stops[:-1]], stops, strict=True))
-    if equation.primitive is slice_p and set(params["strides"] or ()) <= {1}:
-        starts, stops = params["start_indices"], params["limit_indices"]
-        if all(s == 0 for s in starts[:-1]) and tuple(stops[:-1]) == whole[:-1]:
-            return [(starts[-1], stops[-1])]
-    return None
+    if equation.primitive is split_p():
+        return int(params["axis"])
+    if equation.primitive is not slice_p or not set(params["strides"] or ()) <= {1}:
+        return None
+    whole, starts, stops = (
+        shape(equation.invars[0]),
+        params["start_indices"],
+        params["limit_indices"],
+    )
+    cut = [axis for axis in range(len(whole)) if (starts[axis], stops[axis]) != (0, whole[axis])]
+    return (cut or [len(whole) - 1])[0] if len(cut) < 2 and whole else None

@@ -189,6 +189,15 @@ def test_gates_activated_before_their_split_are_kept_as_their_parts():
     assert set(read) <= {part, (TIME, *part), ()}
 
 
+def test_gates_taken_by_index_are_rows_of_their_own():
+    """XLA does not vectorise what reads a slice of the row of a step."""
+    forward, _ = programs("gates_by_index", **SPLIT)
+    (step,) = [body for body in loops(forward) if not list(loops(body))]
+    gate = (table.BATCH, 1, table.UNITS)
+    read = [v.aval.shape for v in step.invars]
+    assert (read.count(gate), read.count((table.BATCH, 4, table.UNITS))) == (4, 0)
+
+
 @pytest.mark.parametrize(
     ("weigh", "maxima", "keeps_terms"),
     [

@@ -22,6 +22,37 @@ def sums_in_many_roles(p):
     return f
 
 
+@body(consts=lambda d: layer(4)(d) | {"s": d(UNITS, 4)}, init=two_states)
+def gates_by_index(p):
+    """Gates on an axis of their own, each scaled by a number that is made of the state."""
+
+    def f(carry, x):
+        h, c = carry
+        z = (x @ p["w"] + h @ p["u"]).reshape(BATCH, 4, UNITS)
+        z = z * (h @ p["s"])[..., None] + p["b"].reshape(4, UNITS)
+        i, f, g, o = (z[:, n] for n in range(4))
+        c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+        h = jax.nn.sigmoid(o) * jnp.tanh(c)
+        return (h, c), h
+
+    return f
+
+
+@body(consts=layer(4), init=state())
+def ranges_of_scaled_sums(p):
+    """Taken along the last axis and along that of the samples, and arranged anew."""
+
+    def f(h, x):
+        z = (x @ p["w"] + h @ p["u"] + p["b"]) * h[:, :1]
+        two, one, other = z[:, : 2 * UNITS], z[:, 2 * UNITS : 3 * UNITS], z[:, 3 * UNITS :]
+        pairs = two.reshape(BATCH, 2, UNITS)
+        rows = (x @ p["w"][:, :UNITS] + h @ p["u"][:, :UNITS]) * h[:, 1:2]
+        turned = jnp.concatenate([rows[1:], rows[:1]])
+        return jnp.tanh(pairs.sum(axis=1) + one - other + turned), pairs
+
+    return f
+
+
 @body(consts=lambda d: {"k": d(2 * UNITS + 2 * FEATURES, UNITS), "v": d(UNITS + FEATURES, UNITS)},
       init=two_states)  # fmt: skip
 def concatenations_in_many_roles(p):
