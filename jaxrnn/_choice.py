@@ -25,7 +25,7 @@ from jaxrnn._jaxpr import (
     variables,
 )
 from jaxrnn._kernel import SAMPLES, recipe
-from jaxrnn._primitives import conv_general_dilated_p
+from jaxrnn._primitives import FACTORISATIONS, conv_general_dilated_p, lu_p
 
 # Terms of a sum that takes a CPU longer than to write and read its result.
 _LONG_SUM = 64
@@ -36,10 +36,15 @@ _MANY_TERMS = 128
 def is_worthwhile(plan: Plan) -> bool:
     """Whether what can be moved is enough to pay for the passes over blocks.
 
-    Measured on a CPU: a GRU of 4 units lost, one of 16 did not. On a GPU unrolling gains by itself.
+    Measured on a CPU: a GRU of 4 units lost, one of 16 did not. The derivative of an
+    eigendecomposition or the like decomposes once more, from whatever is kept: with more than 8
+    rows gradients took 1.1 to 2 times as long. On a GPU unrolling gains by itself.
     """
     if placement.gpu() is not None:
         return True
+    factorised = [e for e in plan.body.equations if e.primitive in FACTORISATIONS - {lu_p}]
+    if any(shape(e.invars[0])[-2] > 8 for e in factorised):
+        return False
     heavy = [e for e in plan.body.equations if is_heavy(e) and is_movable(e)]
     products = list(filter(multiply_adds, heavy))
     return len(products) < len(heavy) or sum(map(multiply_adds, products)) >= 2048
@@ -140,8 +145,10 @@ def _gains(equation: Equation, plan: Plan) -> bool:
     terms take less time than their results to be written and read again; of one term and with
     several rows XLA is slow at them. If products stand in several loops, as in layers written as
     one step, it takes two rows and the matrix may be large: a second loop costs what the moved
-    products save.
+    products save. A factorisation gains if there are several at each step.
     """
+    if equation.primitive in FACTORISATIONS:
+        return math.prod(shape(equation.invars[0])[:-2]) > 1
     work = multiply_adds(equation)
     if equation.primitive is conv_general_dilated_p:
         return work > 1 << 18
@@ -166,7 +173,8 @@ def _is_little(plan: Plan) -> bool:
 
     A tenth of the work is what can be won then, at most. Or it makes few rows for states that are
     much larger, such as matrices: measured on a CPU, XLA then does worse at the updates of these
-    (test-time training took 2.8 times as long).
+    (test-time training took 2.8 times as long). So it does where the loop spreads a row over a
+    matrix for each sample, of 128 KiB in all and more (a matrix LSTM took 1.4 times as long).
     """
     passes, loops = _in_passes(plan), _in_loops(plan)
     if any(_terms(e) == 1 for e in passes):
@@ -174,9 +182,28 @@ def _is_little(plan: Plan) -> bool:
     stays = sum(multiply_adds(e) or size(e.outvars[0]) for e in loops if not is_free(e))
     if 10 * sum(map(multiply_adds, passes)) < stays:
         return True
+    if 25 * _spread(plan) > sum(map(multiply_adds, passes)):
+        return True
     rows = sum(size(v) for s in plan.stages if s.loop is not None for v in s.loop.xs)
     before_loops = not any(multiply_adds(e) for s in plan.stages[1:] for e in s.program.equations)
     return before_loops and sum(map(size, _carries(plan))) >= 16 * rows
+
+
+def _spread(plan: Plan) -> int:
+    """The numbers, if many, of what loops make by repeating rows that they are given."""
+    spread: dict[Var, int] = {}
+    rows = {
+        v
+        for stage in plan.stages
+        if (loop := stage.loop) is not None
+        for v in loop.program.invars[len(loop.consts) + len(loop.carry) :]
+    }
+    for equation in _in_loops(plan):
+        made = size(equation.outvars[0])
+        for v in rows.intersection(variables(equation.invars)):
+            if made >= max(16 * size(v), 1 << 15):
+                spread[v] = max(made, spread.get(v, 0))
+    return sum(spread.values())
 
 
 def block_length(

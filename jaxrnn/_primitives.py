@@ -19,6 +19,7 @@ copy_p = p.copy_p
 dot_general_p = p.dot_general_p
 eq_p = p.eq_p
 gather_p = p.gather_p
+lu_p = p.lu_p
 mul_p = p.mul_p
 neg_p = p.neg_p
 reduce_max_p = p.reduce_max_p
@@ -39,20 +40,8 @@ RANDOM = frozenset(
 PINNED = frozenset({p.cond_p, p.while_p, p.rng_bit_generator_p, p.rng_uniform_p, p.custom_lin_p})
 OWN_RULES = frozenset({p.custom_jvp_call_p, p.custom_vjp_call_p})
 PRODUCTS = frozenset({p.dot_general_p, p.conv_general_dilated_p})
-HEAVY = PRODUCTS | frozenset(
-    {
-        gather_p,
-        p.scan_p,
-        p.cholesky_p,
-        p.triangular_solve_p,
-        p.lu_p,
-        p.qr_p,
-        p.svd_p,
-        p.eigh_p,
-        p.eig_p,
-        p.fft_p,
-    }
-)
+FACTORISATIONS = frozenset({p.cholesky_p, p.eig_p, p.eigh_p, p.lu_p, p.qr_p, p.svd_p})
+HEAVY = PRODUCTS | FACTORISATIONS | {gather_p, p.scan_p, p.triangular_solve_p, p.fft_p}
 FREE = frozenset(
     {
         p.broadcast_in_dim_p,

@@ -185,7 +185,8 @@ def test_which_gates_are_one_array():
 def test_what_comes_from_plain_lax_scan_without_a_gradient():
     """32 rows with a small matrix, two of several layers, a small convolution, short sums.
 
-    And what is little beside the rest: a tenth of the work, or rows for a state of matrices.
+    And what is little beside the rest: a tenth of the work, or rows for a state of matrices. And
+    what is decomposed one by one.
     """
 
     def layers(batch):
@@ -226,6 +227,22 @@ def test_what_comes_from_plain_lax_scan_without_a_gradient():
 
         return jaxrnn.explain(step, jnp.ones((B, T, features)), [jnp.ones((B, H, H))])
 
+    def read_matrices(batch):
+        def step(x, states):
+            row = x @ jnp.ones((64, H))
+            state = 0.9 * states[0] + row[:, :, None] * row[:, None, :]
+            return jnp.einsum("bi,bij->bj", row, state) @ jnp.ones((H, H)), [state]
+
+        return jaxrnn.explain(step, jnp.ones((batch, T, 64)), [jnp.ones((batch, H, H))])
+
+    def solved(batch):
+        def step(x, states):
+            matrix = jnp.eye(H) + x[:, :, None] * x[:, None, :]
+            h = jnp.tanh(jnp.linalg.solve(matrix, states[0][..., None])[..., 0] @ jnp.ones((H, H)))
+            return h, [h]
+
+        return jaxrnn.explain(step, jnp.ones((batch, T, H)), [jnp.ones((batch, H))])
+
     aside = "results alone come from plain lax.scan"
     assert aside in report(32)
     assert aside not in report(31)
@@ -236,5 +253,8 @@ def test_what_comes_from_plain_lax_scan_without_a_gradient():
     assert [aside in report(1, 64, features=n) for n in (1, 2, 63, 64)] == [True, True, True, False]
     assert [aside in report(8, units=n) for n in (512, 1024)] == [False, True]
     assert aside in matrices(64)
+    fewest = 2**15 // H**2  # of which the state takes 128 KiB
+    assert (aside in read_matrices(fewest - 1), aside in read_matrices(fewest)) == (False, True)
+    assert (aside in solved(1), aside in solved(2)) == (True, False)
     assert aside in convolution(places=8)
     assert aside not in convolution(places=256)

@@ -278,6 +278,21 @@ def test_plain_lax_scan_where_nothing_can_be_moved(body, flags):
     assert the_scan(jaxrnn.scan, body, H, X, **flags) == the_scan(lax.scan, body, H, X)
 
 
+@pytest.mark.parametrize(("rows", "stands_aside"), [(8, False), (9, True)])
+def test_plain_lax_scan_where_a_derivative_would_decompose_matrices_again(rows, stands_aside):
+    def body(h, x):
+        triangle = jnp.linalg.cholesky(jnp.eye(rows) + x[:, :, None] * x[:, None, :])
+        h = jnp.tanh(jnp.einsum("bij,bj->bi", triangle, h) @ jnp.ones((rows, 64))[:, :rows] + x)
+        return h, h @ jnp.ones((rows, 256))
+
+    operands = jnp.ones((3, rows)), jnp.ones((7, 3, rows))
+    scans = [
+        e for e, _ in equations(jax.make_jaxpr(functools.partial(jaxrnn.scan, body))(*operands))
+    ]
+    plain = the_scan(lax.scan, body, *operands)
+    assert [str(e) == plain for e in scans if e.primitive is SCAN] == [stands_aside]
+
+
 def test_method_lax_is_plain_lax_scan():
     body = elman(W, U)
     assert the_scan(jaxrnn.scan, body, H, X, method="lax") == the_scan(lax.scan, body, H, X)
