@@ -6,7 +6,7 @@ Every step is written for `lax.scan`, with time first, and says nothing of speed
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.steps import gated, other
+from benchmarks.steps import gated, memories, other
 from benchmarks.steps.forms import Draw, Loop, Size, gradient_of
 
 __all__ = ["STEPS", "Draw", "Loop", "Size", "Step", "gradient_of"]
@@ -44,6 +44,7 @@ STEPS = (
     Step("two LSTM layers", gated.two_layers, (SMALL, MEDIUM)),
     Step("LSTM, attention readout", gated.attention_readout, (MEDIUM,)),
     Step("LSTM, layer norm", gated.layer_norm_lstm, (MEDIUM,)),
+    Step("HyperLSTM", gated.hyper_lstm, (MEDIUM,)),
     Step("Elman, weight norm", other.weight_norm, (MEDIUM,)),
     Step("GRU under cond", gated.cond, (MEDIUM,)),
     Step("GRU, cond of each sample", gated.cond_per_sample, (MEDIUM,)),
@@ -54,12 +55,18 @@ STEPS = (
     Step("GRU, tokens to logits", gated.logits, (MEDIUM,)),
     Step("LSTM over tokens", gated.embedding, (MEDIUM,)),
     Step("dropout key in state", other.dropout, (MEDIUM,)),
-    Step("fast weights", other.fast_weights, (Size(8, 128, 64, 32),)),
-    Step("retention", other.retention, (Size(16, 128, 64, 128),)),
+    Step("fast weights", memories.fast_weights, (Size(8, 128, 64, 32),)),
+    Step("delta rule", memories.delta_rule, (Size(8, 128, 64, 32),)),
+    Step("matrix LSTM", memories.matrix_lstm, (Size(16, 128, 64, 128),)),
+    Step("retention", memories.retention, (Size(16, 128, 64, 128),)),
+    Step("retention, rotated keys", memories.rotated_retention, (Size(16, 128, 64, 128),)),
+    Step("selective state space", memories.selective, (Size(16, 128, 64, 128),)),
+    Step("key-value cache", memories.key_value_cache, (Size(8, 128, 64, 64),)),
+    Step("HiPPO, a solve each step", memories.polynomial_memory, (Size(8, 128, 4, 32),)),
     Step("mixture of experts", other.experts, (Size(16, 128, 64, 64),)),
     Step("CTC", other.ctc, (Size(16, 128, 64, 20),)),
     Step("hidden Markov model", other.hidden_markov, (Size(16, 128, 64, 64),)),
-    Step("test-time training", other.test_time_training, (Size(16, 128, 64, 64),)),
+    Step("test-time training", memories.test_time_training, (Size(16, 128, 64, 64),)),
     Step("Euler, two-layer network", other.euler, (SMALL, MEDIUM)),
     Step("masked LSTM through rnn", gated.masked, (TINY, NARROW, MEDIUM)),
 )

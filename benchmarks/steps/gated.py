@@ -224,6 +224,30 @@ def layer_norm_lstm(draw: Draw, size: Size) -> Loop:
     return loop(body, params, (draw.normal(B, H), draw.normal(B, H)), draw.normal(T, B, D))
 
 
+def hyper_lstm(draw: Draw, size: Size) -> Loop:
+    """An LSTM whose gates, taken by index, are scaled by what a smaller one says."""
+    B, T, D, H = size
+    small = max(H // 8, 1)
+
+    def body(p):
+        def step(carry, x):
+            h, c, hyper_h, hyper_c = carry
+            z = jnp.concatenate([x, h], axis=-1) @ p["hyper_W"] + hyper_h @ p["hyper_U"]
+            hyper_h, hyper_c = gated(jnp.split(z, 4, axis=-1), hyper_c)
+            z = (x @ p["W"]).reshape(B, 4, H) + (h @ p["U"]).reshape(B, 4, H)
+            z = z * (hyper_h @ p["scale"])[..., None] + p["b"].reshape(4, H)
+            h, c = gated([z[:, gate] for gate in range(4)], c)
+            return (h, c, hyper_h, hyper_c), h
+
+        return step
+
+    params = draw.gates(4, D, H)
+    params |= {"hyper_W": draw.weight(D + H, 4 * small), "hyper_U": draw.weight(small, 4 * small)}
+    params |= {"scale": draw.weight(small, 4)}
+    init = tuple(draw.normal(B, units) for units in (H, H, small, small))
+    return loop(body, params, init, draw.normal(T, B, D))
+
+
 def conv_lstm(draw: Draw, size: Size) -> Loop:
     """An LSTM over 16 places, connected by convolutions of width 3."""
     B, T, D, H = size

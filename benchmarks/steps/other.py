@@ -172,42 +172,6 @@ def dropout(draw: Draw, size: Size) -> Loop:
     return loop(body, draw.gates(1, D, H), init, draw.normal(T, B, D))
 
 
-def fast_weights(draw: Draw, size: Size) -> Loop:
-    """Linear attention: a matrix as state, written by outer products and read by queries."""
-    B, T, D, H = size
-
-    def body(p):
-        def step(memory, x):
-            q, k, v = jnp.split(x @ p, 3, axis=-1)
-            memory = 0.95 * memory + k[..., :, None] * v[..., None, :]
-            return memory, jnp.einsum("bk,bkv->bv", q, memory)
-
-        return step
-
-    return loop(body, draw.weight(D, 3 * H), draw.normal(B, H, H), draw.normal(T, B, D))
-
-
-def retention(draw: Draw, size: Size) -> Loop:
-    """Retention: a memory for each of four heads that decays, read out and normalised."""
-    B, T, D, H = size
-    heads, width = 4, H // 4
-    decay = 1 - 2.0 ** -jnp.arange(5, 5 + heads)
-
-    def body(p):
-        def step(memory, x):
-            q, k, v = (x @ p[name] for name in "QKV")
-            q, k, v = (z.reshape(B, heads, width) for z in (q, k, v))
-            memory = decay[:, None, None] * memory + k[..., None] * v[..., None, :]
-            y = jnp.einsum("bhk,bhkv->bhv", q, memory)
-            y = (y - y.mean(-1, keepdims=True)) / jnp.sqrt(y.var(-1, keepdims=True) + 1e-5)
-            return memory, (jax.nn.silu(x @ p["G"]) * y.reshape(B, H)) @ p["O"]
-
-        return step
-
-    params = {name: draw.weight(D, H) for name in "QKVG"} | {"O": draw.weight(H, D)}
-    return loop(body, params, draw.normal(B, heads, width, width), draw.normal(T, B, D))
-
-
 def experts(draw: Draw, size: Size) -> Loop:
     """A mixture of four experts, of which each sample takes two at every step."""
     B, T, D, H = size
@@ -270,28 +234,6 @@ def hidden_markov(draw: Draw, size: Size) -> Loop:
 
     params = {"A": draw.normal(H, H), "W": draw.weight(D, H)}
     return loop(body, params, draw.normal(B, H), draw.normal(T, B, D))
-
-
-def test_time_training(draw: Draw, size: Size) -> Loop:
-    """A linear model for a state, trained at every step by the gradient of a loss on the input."""
-    B, T, D, H = size
-
-    def body(p):
-        def reconstruction(weights, key, value):
-            z = key @ weights
-            z = (z - z.mean()) / jnp.sqrt(z.var() + 1e-6)
-            return 0.5 * jnp.sum((z + key - value) ** 2)
-
-        def step(weights, x):
-            query, key, value = x @ p["Q"], x @ p["K"], x @ p["V"]
-            slope = jax.vmap(jax.grad(reconstruction))(weights, key, value)
-            weights = weights - 0.1 * slope
-            return weights, jnp.einsum("bi,bij->bj", query, weights) + query
-
-        return step
-
-    params = {name: draw.weight(D, H) for name in "QKV"}
-    return loop(body, params, draw.normal(B, H, H, scale=0.3), draw.normal(T, B, D))
 
 
 def euler(draw: Draw, size: Size) -> Loop:
