@@ -11,6 +11,7 @@ from jaxrnn import _placement as placement
 from jaxrnn._block import Steps
 from jaxrnn._columns import MisfitError
 from jaxrnn._fission import Plan
+from jaxrnn._gains import MANY_TERMS, terms
 from jaxrnn._jaxpr import (
     Atom,
     Equation,
@@ -20,17 +21,11 @@ from jaxrnn._jaxpr import (
     is_movable,
     multiply_adds,
     shape,
-    size,
     size_in_bytes,
     variables,
 )
 from jaxrnn._kernel import SAMPLES, recipe
 from jaxrnn._primitives import FACTORISATIONS, conv_general_dilated_p, lu_p
-
-# Terms of a sum that takes a CPU longer than to write and read its result.
-_LONG_SUM = 64
-# Terms of the numbers that a product makes from which on several cores gain more than the cache.
-_MANY_TERMS = 128
 
 
 def is_worthwhile(plan: Plan) -> bool:
@@ -90,11 +85,7 @@ def _blocks_of_threads(plan: Plan) -> int:
 
 
 def _samples(plan: Plan) -> int:
-    return max((shape(v)[0] for v in _carries(plan) if shape(v)), default=1)
-
-
-def _carries(plan: Plan) -> tuple[Var, ...]:
-    return plan.body.invars[plan.consts : plan.consts + plan.carry]
+    return max((shape(v)[0] for v in plan.carries if shape(v)), default=1)
 
 
 def steps_of(
@@ -126,86 +117,6 @@ def _filled_up(plan: Plan) -> int:
     return _bytes_of_passes(plan) * _blocks_of_threads(plan) * SAMPLES // max(_samples(plan), 1)
 
 
-def only_for_gradients(plan: Plan, chunk: Any, remat: bool, method: str) -> bool:
-    """Whether plain `lax.scan` has the results just as soon, and only a gradient gains."""
-    if remat or chunk != "auto" or method != "auto" or placement.gpu() is not None:
-        return False
-    if any(map(is_heavy, plan.invariant.equations)):
-        return False
-    gaining = [e for e in _in_passes(plan) if is_heavy(e) and _gains(e, plan)]
-    # All else than products gains by itself: a gather is one instead of one per step.
-    return all(map(multiply_adds, gaining)) and (not gaining or _is_little(plan))
-
-
-def _gains(equation: Equation, plan: Plan) -> bool:
-    """Whether something that leaves the loop runs faster outside.
-
-    Measured on a CPU: a product of 128 rows with a small matrix is as fast in a loop, and one of 32
-    rows beside the loop's own; so is a convolution of up to 2**18 multiplications. Sums of 2 to 48
-    terms take less time than their results to be written and read again; of one term and with
-    several rows XLA is slow at them. If products stand in several loops, as in layers written as
-    one step, it takes two rows and the matrix may be large: a second loop costs what the moved
-    products save. A factorisation gains if there are several at each step.
-    """
-    if equation.primitive in FACTORISATIONS:
-        return math.prod(shape(equation.invars[0])[:-2]) > 1
-    work = multiply_adds(equation)
-    if equation.primitive is conv_general_dilated_p:
-        return work > 1 << 18
-    fixed = [v for v in variables(equation.invars) if plan.times[v] == -1]
-    weights = size(fixed[0]) if fixed else 0
-    terms = _terms(equation)
-    if 1 < terms < _LONG_SUM or (terms == 1 and work == weights):
-        return False
-    loops = [stage.loop.program for stage in plan.stages if stage.loop is not None]
-    held = sum(any(map(multiply_adds, loop.equations)) for loop in loops)
-    rows, small = {0: (128, 1 << 13), 1: (32, 1 << 13)}.get(held, (2, math.inf))
-    return not work or work < rows * weights or weights > small
-
-
-def _terms(product: Equation) -> int:
-    """How many terms each number that a product makes is the sum of."""
-    return multiply_adds(product) // max(size(product.outvars[0]), 1)
-
-
-def _is_little(plan: Plan) -> bool:
-    """Whether what leaves the loop is little beside what stays.
-
-    A tenth of the work is what can be won then, at most. Or it makes few rows for states that are
-    much larger, such as matrices: measured on a CPU, XLA then does worse at the updates of these
-    (test-time training took 2.8 times as long). So it does where the loop spreads a row over a
-    matrix for each sample, of 128 KiB in all and more (a matrix LSTM took 1.4 times as long).
-    """
-    passes, loops = _in_passes(plan), _in_loops(plan)
-    if any(_terms(e) == 1 for e in passes):
-        return False
-    stays = sum(multiply_adds(e) or size(e.outvars[0]) for e in loops if not is_free(e))
-    if 10 * sum(map(multiply_adds, passes)) < stays:
-        return True
-    if 25 * _spread(plan) > sum(map(multiply_adds, passes)):
-        return True
-    rows = sum(size(v) for s in plan.stages if s.loop is not None for v in s.loop.xs)
-    before_loops = not any(multiply_adds(e) for s in plan.stages[1:] for e in s.program.equations)
-    return before_loops and sum(map(size, _carries(plan))) >= 16 * rows
-
-
-def _spread(plan: Plan) -> int:
-    """The numbers, if many, of what loops make by repeating rows that they are given."""
-    spread: dict[Var, int] = {}
-    rows = {
-        v
-        for stage in plan.stages
-        if (loop := stage.loop) is not None
-        for v in loop.program.invars[len(loop.consts) + len(loop.carry) :]
-    }
-    for equation in _in_loops(plan):
-        made = size(equation.outvars[0])
-        for v in rows.intersection(variables(equation.invars)):
-            if made >= max(16 * size(v), 1 << 15):
-                spread[v] = max(made, spread.get(v, 0))
-    return sum(spread.values())
-
-
 def block_length(
     chunk: int | str | None, remat: bool, time: int, plan: Plan | None, fused: bool = False
 ) -> int:
@@ -220,7 +131,7 @@ def block_length(
     per_step = _bytes_of_passes(plan)
     # The gradient's passes go over rows like the states, too: kept, their tangents, and factors of
     # both. That counts where these are more than the passes make, as with a matrix for a state.
-    states = _bytes(_carries(plan))
+    states = _bytes(plan.carries)
     per_step += 2 * max(states - per_step, 0)
     devices = jax.device_count()
     per_step //= devices  # as if split over all
@@ -266,17 +177,17 @@ def results_block(plan: Plan, steps: Steps, block: int) -> int:
     more than 1). Steps without products, to which each block is a cost. And those that have more
     work than for one core, where several wait for each other.
     """
-    work = sum(map(multiply_adds, _in_loops(plan)))
+    work = sum(map(multiply_adds, plan.in_loops))
     if not steps.adapts or jax.device_count() > 1 or not 0 < work <= 1 << 21:
         return block
-    if take_all_cores(_in_passes(plan)):
+    if take_all_cores(plan.in_passes):
         return block
     return _near_divisor(block, max(4, (256 << 10) // max(_bytes_of_passes(plan), 1)))
 
 
 def take_all_cores(passes: Iterable[Equation]) -> bool:
     """Whether there is a product among those in passes that all cores of a CPU have work with."""
-    return max(map(_terms, filter(multiply_adds, passes)), default=0) >= _MANY_TERMS
+    return max(map(terms, filter(multiply_adds, passes)), default=0) >= MANY_TERMS
 
 
 def tangent_block(plan: Plan, steps: Steps, block: int) -> int:
@@ -294,7 +205,7 @@ def tangent_block(plan: Plan, steps: Steps, block: int) -> int:
         return steps.length
     if not steps.adapts:
         return block
-    passes = [e for e in _in_passes(plan) if not is_free(e)]
+    passes = [e for e in plan.in_passes if not is_free(e)]
     operands = [variables(e.invars) for e in passes if multiply_adds(e)]
     varying = [v for vs in operands if all(plan.times[v] != -1 for v in vs) for v in vs]
     if _largest(varying) > 4 * _bytes(plan.body.invars[plan.consts :]):
@@ -343,14 +254,6 @@ def samples_last(
 
 def _largest(values: Iterable[Var]) -> int:
     return max(map(size_in_bytes, values), default=0)
-
-
-def _in_passes(plan: Plan) -> list[Equation]:
-    return [e for stage in plan.stages for e in stage.program.equations]
-
-
-def _in_loops(plan: Plan) -> list[Equation]:
-    return [e for s in plan.stages if s.loop is not None for e in s.loop.program.equations]
 
 
 def _bytes_of_passes(plan: Plan) -> int:

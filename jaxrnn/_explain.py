@@ -12,8 +12,9 @@ from jax import lax
 from jaxrnn import _jaxpr, _rnn
 from jaxrnn._arguments import Step
 from jaxrnn._block import Steps, run_plain, time_first
-from jaxrnn._choice import block_length, only_for_gradients, results_block, steps_of
+from jaxrnn._choice import block_length, results_block, steps_of
 from jaxrnn._fission import Plan
+from jaxrnn._gains import only_for_gradients
 from jaxrnn._jaxpr import Equation, Program, Traced
 from jaxrnn._recurrence import run_split
 from jaxrnn._samples_last import in_one_loop

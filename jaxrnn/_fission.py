@@ -83,6 +83,22 @@ class Plan(NamedTuple):
     times: dict[Var, int]
     accumulated: frozenset[Var]
 
+    @property
+    def carries(self) -> tuple[Var, ...]:
+        """The carries at the start of a step."""
+        return self.body.invars[self.consts : self.consts + self.carry]
+
+    @property
+    def in_passes(self) -> list[Equation]:
+        """What runs per block, at once."""
+        return [e for stage in self.stages for e in stage.program.equations]
+
+    @property
+    def in_loops(self) -> list[Equation]:
+        """What runs step by step."""
+        loops = [stage.loop for stage in self.stages if stage.loop is not None]
+        return [e for loop in loops for e in loop.program.equations]
+
 
 def fission(
     body: Program,

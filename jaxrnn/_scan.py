@@ -16,11 +16,11 @@ from jaxrnn._choice import (
     fits_kernel,
     is_worthwhile,
     kernels_pay,
-    only_for_gradients,
     steps_of,
 )
 from jaxrnn._eager import is_jit_disabled, run_compiled
 from jaxrnn._fission import Plan, fission
+from jaxrnn._gains import only_for_gradients
 from jaxrnn._jaxpr import (
     Traced,
     dtype,

@@ -185,6 +185,8 @@ def test_which_gates_are_one_array():
 def test_what_comes_from_plain_lax_scan_without_a_gradient():
     """32 rows with a small matrix, two of several layers, a small convolution, short sums.
 
+    Half of a product of a concatenation, unless it is one row.
+
     And what is little beside the rest: a tenth of the work, or rows for a state of matrices. And
     what is decomposed one by one.
     """
@@ -219,6 +221,14 @@ def test_what_comes_from_plain_lax_scan_without_a_gradient():
         states = [jnp.ones((batch, units))]
         return jaxrnn.explain(step, jnp.ones((batch, T, features)), states, **options)
 
+    def concatenated(batch, features, units=H):
+        def step(x, states):
+            joined = jnp.concatenate([x, states[0]], axis=-1)
+            h = jnp.tanh(joined @ jnp.ones((features + units, units)))
+            return h, [h]
+
+        return jaxrnn.explain(step, jnp.ones((batch, T, features)), [jnp.ones((batch, units))])
+
     def matrices(features):
         def step(x, states):
             row = jnp.tanh(x @ jnp.ones((features, H)))
@@ -252,6 +262,12 @@ def test_what_comes_from_plain_lax_scan_without_a_gradient():
     assert [aside in report(8, features=n) for n in (1, 2, 63, 64)] == [False, True, True, False]
     assert [aside in report(1, 64, features=n) for n in (1, 2, 63, 64)] == [True, True, True, False]
     assert [aside in report(8, units=n) for n in (512, 1024)] == [False, True]
+    assert [aside in report(32, units=n) for n in (512, 513)] == [True, False]
+    assert [aside in report(32, units=n, features=128) for n in (64, 65)] == [True, False]
+    assert [aside in report(n, units=256, features=100) for n in (81, 82)] == [True, False]
+    halves = [(1, 63, H), (2, 63, H), (2, 64, H), (1, 256, 256), (1, 512, 512)]
+    expected = [False, True, False, False, True]
+    assert [aside in concatenated(*sizes) for sizes in halves] == expected
     assert aside in matrices(64)
     fewest = 2**15 // H**2  # of which the state takes 128 KiB
     assert (aside in read_matrices(fewest - 1), aside in read_matrices(fewest)) == (False, True)

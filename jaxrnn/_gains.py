@@ -1,0 +1,137 @@
+"""Whether the results of a step gain by its passes, and what was measured to say so.
+
+A gradient gains by one contraction for each weight. Results alone may come from plain `lax.scan`
+just as soon, compiled in half the time.
+"""
+
+import math
+from typing import Any
+
+from jaxrnn import _placement as placement
+from jaxrnn._fission import Plan
+from jaxrnn._jaxpr import (
+    Atom,
+    Equation,
+    Var,
+    is_free,
+    is_heavy,
+    multiply_adds,
+    shape,
+    size,
+    variables,
+)
+from jaxrnn._lazy import cut_axis
+from jaxrnn._primitives import FACTORISATIONS, conv_general_dilated_p, dot_general_p
+
+# Terms of a sum that takes a CPU longer than to write and read its result.
+_LONG_SUM = 64
+# Terms of the numbers that a product makes from which on several cores gain more than the cache.
+MANY_TERMS = 128
+
+
+def only_for_gradients(plan: Plan, chunk: Any, remat: bool, method: str) -> bool:
+    """Whether plain `lax.scan` has the results just as soon, and only a gradient gains."""
+    if remat or chunk != "auto" or method != "auto" or placement.gpu() is not None:
+        return False
+    if any(map(is_heavy, plan.invariant.equations)):
+        return False
+    gaining = [e for e in plan.in_passes if is_heavy(e) and _gains(e, plan)]
+    # All else than products gains by itself: a gather is one instead of one per step.
+    return all(map(multiply_adds, gaining)) and (not gaining or _is_little(plan))
+
+
+def _gains(equation: Equation, plan: Plan) -> bool:
+    """Whether something that leaves the loop runs faster outside.
+
+    Measured on a CPU: a product of 128 rows with a small matrix is as fast in a loop, and one of 32
+    rows beside the loop's own, up to larger matrices if both cores do not gain; so is a convolution
+    of up to 2**18 multiplications. Sums of 2 to 48 terms take less time than their results to be
+    written and read again; of one term and with several rows XLA is slow at them. If products stand
+    in several loops, as in layers written as one step, it takes two rows and the matrix may be
+    large: a second loop costs what the moved products save. A factorisation gains if there are
+    several at each step. What is taken out of a product of a concatenation leaves one behind that
+    takes almost as long (0.66 to 1.07 times as fast), unless it is most of it; or one row and at
+    most 1 MiB of weights.
+    """
+    if equation.primitive in FACTORISATIONS:
+        return math.prod(shape(equation.invars[0])[:-2]) > 1
+    work = multiply_adds(equation)
+    if equation.primitive is conv_general_dilated_p:
+        return work > 1 << 18
+    fixed = [v for v in variables(equation.invars) if plan.times[v] == -1]
+    weights = size(fixed[0]) if fixed else 0
+    count = terms(equation)
+    if others := _terms_beside(equation, plan):
+        whole = weights + weights * others // max(count, 1)
+        return count >= 2 * others or (work == weights and whole <= 1 << 18)
+    if 1 < count < _LONG_SUM or (count == 1 and work == weights):
+        return False
+    loops = [stage.loop.program for stage in plan.stages if stage.loop is not None]
+    held = sum(any(map(multiply_adds, loop.equations)) for loop in loops)
+    beside = 1 << 13 if count >= MANY_TERMS or work > 1 << 21 else 1 << 15
+    rows, small = {0: (128, 1 << 13), 1: (32, beside)}.get(held, (2, math.inf))
+    return not work or work < rows * weights or weights > small
+
+
+def _terms_beside(product: Equation, plan: Plan) -> int:
+    """How many terms a loop adds to those of a product, if the step had one product for both."""
+    if product.primitive is not dot_general_p:
+        return 0
+    (_, axes), _ = product.params["dimension_numbers"]
+    equations = [*plan.invariant.equations, *plan.in_passes, *plan.in_loops]
+    parts = {v: e.invars[0] for e in equations if cut_axis(e) is not None for v in e.outvars}
+
+    def whole(atom: Atom) -> Atom:
+        while isinstance(atom, Var) and atom in parts:
+            atom = parts[atom]
+        return atom
+
+    matrix = product.invars[1]
+    in_loops = [e.invars[1] for e in plan.in_loops if e.primitive is dot_general_p]
+    if len(axes) != 1 or not any(whole(other) is whole(matrix) for other in in_loops):
+        return 0
+    lengths = [shape(atom)[axes[0]] for atom in (whole(matrix), matrix)]
+    return lengths[0] - lengths[1] if all(isinstance(n, int) for n in lengths) else 0
+
+
+def _is_little(plan: Plan) -> bool:
+    """Whether what leaves the loop is little beside what stays.
+
+    A tenth of the work is what can be won then, at most. Or it makes few rows for states that are
+    much larger, such as matrices: measured on a CPU, XLA then does worse at the updates of these
+    (test-time training took 2.8 times as long). So it does where the loop spreads a row over a
+    matrix for each sample, of 128 KiB in all and more (a matrix LSTM took 1.4 times as long).
+    """
+    passes, loops = plan.in_passes, plan.in_loops
+    if any(terms(e) == 1 for e in passes):
+        return False
+    stays = sum(multiply_adds(e) or size(e.outvars[0]) for e in loops if not is_free(e))
+    if 10 * sum(map(multiply_adds, passes)) < stays:
+        return True
+    if 25 * _spread(plan) > sum(map(multiply_adds, passes)):
+        return True
+    rows = sum(size(v) for s in plan.stages if s.loop is not None for v in s.loop.xs)
+    before_loops = not any(multiply_adds(e) for s in plan.stages[1:] for e in s.program.equations)
+    return before_loops and sum(map(size, plan.carries)) >= 16 * rows
+
+
+def _spread(plan: Plan) -> int:
+    """The numbers, if many, of what loops make by repeating rows that they are given."""
+    spread: dict[Var, int] = {}
+    rows = {
+        v
+        for stage in plan.stages
+        if (loop := stage.loop) is not None
+        for v in loop.program.invars[len(loop.consts) + len(loop.carry) :]
+    }
+    for equation in plan.in_loops:
+        made = size(equation.outvars[0])
+        for v in rows.intersection(variables(equation.invars)):
+            if made >= max(16 * size(v), 1 << 15):
+                spread[v] = max(made, spread.get(v, 0))
+    return sum(spread.values())
+
+
+def terms(product: Equation) -> int:
+    """How many terms each number that a product makes is the sum of."""
+    return multiply_adds(product) // max(size(product.outvars[0]), 1)
