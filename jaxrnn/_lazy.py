@@ -108,7 +108,7 @@ class Map(Value):
         axis = cut_axis(equation)
         if axis is None:
             return super().arranged(equation)
-        (length,) = shape(self.equation.outvars[0])[axis : axis + 1]
+        length = shape(self.equation.outvars[0])[axis]
         taken = [
             value.arranged(equation)
             if shape(atom)[axis : axis + 1] == (length,)
