@@ -45,6 +45,7 @@ from jaxrnn._jaxpr import (
     variables,
 )
 from jaxrnn._orientation import Orientation
+from jaxrnn._passes import WIDE
 from jaxrnn._placement import explicit_sharding
 from jaxrnn._primitives import (
     add_any_p,
@@ -186,7 +187,8 @@ class _Rewriter:
         lhs, rhs = operands
         if self.to_be_transposed and lhs.stage > 0:
             return _lazy.Value(lhs.stage, _turned(equation, lhs.array, rhs.array))
-        return _lazy.product(lhs, rhs.array, equation)
+        # The gradient of a matrix of fewer columns is a slow product, see `_passes.py`.
+        return _lazy.product(lhs, rhs.array, equation, WIDE if self.to_be_transposed else 0)
 
     def _lone(self, equation: Equation, operands: Sequence[_lazy.Value]) -> list[_lazy.Value]:
         """The operands; one that others read too is computed now, or it would be more than once."""

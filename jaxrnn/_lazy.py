@@ -119,11 +119,14 @@ class Map(Value):
 
 
 class Product(Value):
-    """`lhs @ rhs` for an `rhs` that no step changes, by `equation`, a `dot_general`."""
+    """`lhs @ rhs` for an `rhs` that no step changes, by `equation`, a `dot_general`.
 
-    def __init__(self, lhs: Value, rhs: Array, equation: Equation):
+    It is not made in parts of fewer columns than `least`.
+    """
+
+    def __init__(self, lhs: Value, rhs: Array, equation: Equation, least: int = 0):
         super().__init__(lhs.stage)
-        self.lhs, self.rhs, self.equation = lhs, rhs, equation
+        self.lhs, self.rhs, self.equation, self.least = lhs, rhs, equation, least
 
     def _compute(self) -> Array:
         return bind(self.equation, [self.lhs.array, self.rhs])[0]
@@ -137,19 +140,22 @@ class Product(Value):
         is_small = size_in_bytes(equation.invars[0]) <= 1 << 15
         if self.stage > 0 or cuts is None or is_small:
             return super().arranged(equation)
+        if any(stop - start < self.least for start, stop in cuts):
+            return super().arranged(equation)
         axis = 1 - self.equation.params["dimension_numbers"][0][1][0]
-        return [Product(self.lhs, part, self.equation) for part in ranges(self.rhs, cuts, axis)]
+        parts = ranges(self.rhs, cuts, axis)
+        return [Product(self.lhs, part, self.equation, self.least) for part in parts]
 
 
-def product(lhs: Value, rhs: Array, equation: Equation) -> Value:
+def product(lhs: Value, rhs: Array, equation: Equation, least: int = 0) -> Value:
     (contract_lhs,), (contract_rhs,) = equation.params["dimension_numbers"][0]
     if not isinstance(lhs, Concatenation) or lhs.axis != contract_lhs:
-        return Product(lhs, rhs, equation)
+        return Product(lhs, rhs, equation, least)
     products, start = [], 0
     for part in _joined(lhs):
         stop = start + part.array.shape[lhs.axis]
         rows = lax.slice_in_dim(rhs, start, stop, axis=contract_rhs)
-        products.append(Product(part, rows, equation))
+        products.append(Product(part, rows, equation, least))
         start = stop
     return Sum(products, equation) if len(products) > 1 else products[0]
 

@@ -230,6 +230,24 @@ def test_sums_and_maxima_of_many_terms_are_kept_and_their_terms_are_not(weigh, m
     assert_same(split(*operands), derivative(lax.scan)(*operands))
 
 
+@pytest.mark.parametrize(("units", "columns"), [(48, 3 * 48), (128, 128)])
+def test_gates_of_few_columns_have_one_weight_gradient(units, columns):
+    """A product that makes many numbers of long sums is faster than several of few each."""
+    samples, steps = 64, 3
+    p = {"w": np.ones((FEATURES, 3 * units)), "u": np.ones((units, 3 * units))}
+    p["b"] = np.ones(3 * units)
+
+    def loss(p):
+        xs = np.ones((steps, samples, FEATURES))
+        body = BODIES["gru_reset_after"].make(p)
+        return total(jaxrnn.scan(body, np.ones((samples, units)), xs, method="sequential"))
+
+    gradient = jax.make_jaxpr(jax.grad(loss))(p)
+    made = [e.outvars[0].aval.shape for e, _ in equations(gradient) if e.primitive is DOT]
+    of_u = [shape for shape in made if shape[1] == units and shape[0] != samples]
+    assert of_u == [(columns, units)] * (3 * units // columns)
+
+
 @pytest.mark.parametrize(
     ("name", "arrays"),
     [("lstm_split", 1), ("lstm_slices", 1), ("lstm_concatenated", 1), ("gru_reset_after", 4)],
