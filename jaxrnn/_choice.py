@@ -66,17 +66,16 @@ def fits_kernel(plan: Plan, method: str) -> bool:
     """
     if not kernels_pay(method):
         return False
-    loops = [stage.loop for stage in plan.stages if stage.loop is not None]
     if method != "fused" and _blocks_of_threads(plan) > placement.gpu().core_count:
         return False  # they would not run all at once
     try:
-        for loop in loops:
+        for loop in plan.loops:
             recipe(loop.program, len(loop.consts), len(loop.carry))
     except MisfitError as error:
         if method != "fused":
             return False
         raise ValueError(f"method='fused': the recurrence fits no kernel: {error}.") from None
-    return bool(loops)
+    return bool(plan.loops)
 
 
 def _blocks_of_threads(plan: Plan) -> int:

@@ -136,11 +136,8 @@ def _figures(
 
 def _work(plan: Plan) -> tuple[int, int]:
     """Multiply-adds per step in the loops, and in the passes over blocks."""
-    loops = [stage.loop.program for stage in plan.stages if stage.loop is not None]
-    passes = [stage.program for stage in plan.stages]
     inside, outside = (
-        sum(_jaxpr.multiply_adds(e) for program in programs for e in program.equations)
-        for programs in (loops, passes)
+        sum(map(_jaxpr.multiply_adds, part)) for part in (plan.in_loops, plan.in_passes)
     )
     return inside, outside
 

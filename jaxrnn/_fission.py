@@ -89,6 +89,11 @@ class Plan(NamedTuple):
         return self.body.invars[self.consts : self.consts + self.carry]
 
     @property
+    def loops(self) -> list[Loop]:
+        """The recurrences, in order."""
+        return [stage.loop for stage in self.stages if stage.loop is not None]
+
+    @property
     def in_passes(self) -> list[Equation]:
         """What runs per block, at once."""
         return [e for stage in self.stages for e in stage.program.equations]
@@ -96,8 +101,7 @@ class Plan(NamedTuple):
     @property
     def in_loops(self) -> list[Equation]:
         """What runs step by step."""
-        loops = [stage.loop for stage in self.stages if stage.loop is not None]
-        return [e for loop in loops for e in loop.program.equations]
+        return [e for loop in self.loops for e in loop.program.equations]
 
 
 def fission(

@@ -66,8 +66,7 @@ def _gains(equation: Equation, plan: Plan) -> bool:
         return count >= 2 * others or (work == weights and whole <= 1 << 18)
     if 1 < count < _LONG_SUM or (count == 1 and work == weights):
         return False
-    loops = [stage.loop.program for stage in plan.stages if stage.loop is not None]
-    held = sum(any(map(multiply_adds, loop.equations)) for loop in loops)
+    held = sum(any(map(multiply_adds, loop.program.equations)) for loop in plan.loops)
     beside = 1 << 13 if count >= MANY_TERMS or work > 1 << 21 else 1 << 15
     rows, small = {0: (128, 1 << 13), 1: (32, beside)}.get(held, (2, math.inf))
     return not work or work < rows * weights or weights > small
@@ -102,15 +101,14 @@ def _is_little(plan: Plan) -> bool:
     (test-time training took 2.8 times as long). So it does where the loop spreads a row over a
     matrix for each sample, of 128 KiB in all and more (a matrix LSTM took 1.4 times as long).
     """
-    passes, loops = plan.in_passes, plan.in_loops
+    passes = plan.in_passes
     if any(terms(e) == 1 for e in passes):
         return False
-    stays = sum(multiply_adds(e) or size(e.outvars[0]) for e in loops if not is_free(e))
-    if 10 * sum(map(multiply_adds, passes)) < stays:
+    leaves = sum(map(multiply_adds, passes))
+    stays = sum(multiply_adds(e) or size(e.outvars[0]) for e in plan.in_loops if not is_free(e))
+    if 10 * leaves < stays or leaves < 25 * _spread(plan):
         return True
-    if 25 * _spread(plan) > sum(map(multiply_adds, passes)):
-        return True
-    rows = sum(size(v) for s in plan.stages if s.loop is not None for v in s.loop.xs)
+    rows = sum(size(v) for loop in plan.loops for v in loop.xs)
     before_loops = not any(multiply_adds(e) for s in plan.stages[1:] for e in s.program.equations)
     return before_loops and sum(map(size, plan.carries)) >= 16 * rows
 
@@ -119,10 +117,7 @@ def _spread(plan: Plan) -> int:
     """The numbers, if many, of what loops make by repeating rows that they are given."""
     spread: dict[Var, int] = {}
     rows = {
-        v
-        for stage in plan.stages
-        if (loop := stage.loop) is not None
-        for v in loop.program.invars[len(loop.consts) + len(loop.carry) :]
+        v for loop in plan.loops for v in loop.program.invars[len(loop.consts) + len(loop.carry) :]
     }
     for equation in plan.in_loops:
         made = size(equation.outvars[0])

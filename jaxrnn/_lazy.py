@@ -138,9 +138,8 @@ class Product(Value):
         """
         cuts = columns(equation)
         is_small = size_in_bytes(equation.invars[0]) <= 1 << 15
-        if self.stage > 0 or cuts is None or is_small:
-            return super().arranged(equation)
-        if any(stop - start < self.least for start, stop in cuts):
+        is_narrow = any(stop - start < self.least for start, stop in cuts or ())
+        if self.stage > 0 or cuts is None or is_small or is_narrow:
             return super().arranged(equation)
         axis = 1 - self.equation.params["dimension_numbers"][0][1][0]
         parts = ranges(self.rhs, cuts, axis)
@@ -191,16 +190,18 @@ def columns(equation: Equation) -> list[tuple[int, int]] | None:
 
 
 def cut_axis(equation: Equation) -> int | None:
-    """The axis of which a slice or split takes ranges, if it cuts no other axis."""
+    """The axis of which a slice or split takes ranges, if it cuts no other axis.
+
+    The last one, if a slice takes everything.
+    """
     params = equation.params
     if equation.primitive is split_p():
         return int(params["axis"])
     if equation.primitive is not slice_p or not set(params["strides"] or ()) <= {1}:
         return None
-    whole, starts, stops = (
-        shape(equation.invars[0]),
-        params["start_indices"],
-        params["limit_indices"],
-    )
-    cut = [axis for axis in range(len(whole)) if (starts[axis], stops[axis]) != (0, whole[axis])]
-    return (cut or [len(whole) - 1])[0] if len(cut) < 2 and whole else None
+    whole = shape(equation.invars[0])
+    ends = zip(params["start_indices"], params["limit_indices"], strict=True)
+    cut = [axis for axis, end in enumerate(ends) if end != (0, whole[axis])]
+    if not whole or len(cut) > 1:
+        return None
+    return cut[0] if cut else len(whole) - 1

@@ -189,7 +189,7 @@ class Tangent:
         """
         in_blocks = set(variables([*plan.tail.invars, *plan.body.outvars]))
         in_blocks = in_blocks.union(*(stage.program.invars for stage in plan.stages))
-        in_loops = {v for stage in plan.stages if stage.loop is not None for v in stage.loop.xs}
+        in_loops = {v for loop in plan.loops for v in loop.xs}
         inputs = plan.body.invars
         return [
             v not in in_blocks and not (state.late and v in in_loops)

@@ -234,8 +234,8 @@ def test_sums_and_maxima_of_many_terms_are_kept_and_their_terms_are_not(weigh, m
 def test_gates_of_few_columns_have_one_weight_gradient(units, columns):
     """A product that makes many numbers of long sums is faster than several of few each."""
     samples, steps = 64, 3
-    p = {"w": np.ones((FEATURES, 3 * units)), "u": np.ones((units, 3 * units))}
-    p["b"] = np.ones(3 * units)
+    shapes = {"w": (FEATURES, 3 * units), "u": (units, 3 * units), "b": 3 * units}
+    p = {name: np.ones(shape) for name, shape in shapes.items()}
 
     def loss(p):
         xs = np.ones((steps, samples, FEATURES))

@@ -282,7 +282,7 @@ def test_plain_lax_scan_where_nothing_can_be_moved(body, flags):
 def test_plain_lax_scan_where_a_derivative_would_decompose_matrices_again(rows, stands_aside):
     def body(h, x):
         triangle = jnp.linalg.cholesky(jnp.eye(rows) + x[:, :, None] * x[:, None, :])
-        h = jnp.tanh(jnp.einsum("bij,bj->bi", triangle, h) @ jnp.ones((rows, 64))[:, :rows] + x)
+        h = jnp.tanh(jnp.einsum("bij,bj->bi", triangle, h) @ jnp.ones((rows, rows)) + x)
         return h, h @ jnp.ones((rows, 256))
 
     operands = jnp.ones((3, rows)), jnp.ones((7, 3, rows))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bodies.table import BATCH, FEATURES, UNITS, body, elman, layer, state, two_states
+from bodies.table import BATCH, FEATURES, UNITS, body, elman, gates, layer, state, two_states
 
 
 @body(consts=lambda d: layer(2)(d) | {"v": d(UNITS, UNITS)}, init=two_states)
@@ -30,9 +30,7 @@ def gates_by_index(p):
         h, c = carry
         z = (x @ p["w"] + h @ p["u"]).reshape(BATCH, 4, UNITS)
         z = z * (h @ p["s"])[..., None] + p["b"].reshape(4, UNITS)
-        i, f, g, o = (z[:, n] for n in range(4))
-        c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
-        h = jax.nn.sigmoid(o) * jnp.tanh(c)
+        h, c = gates([z[:, n] for n in range(4)], c)
         return (h, c), h
 
     return f
