@@ -3,7 +3,7 @@
 import importlib.util
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -21,11 +21,15 @@ from jaxrnn._jaxpr import (
     is_movable,
     multiply_adds,
     shape,
+    size,
     size_in_bytes,
     variables,
 )
 from jaxrnn._kernel import SAMPLES, recipe
 from jaxrnn._primitives import FACTORISATIONS, conv_general_dilated_p, lu_p
+
+# What a loop makes: results alone, results and what a tangent needs, or a tangent.
+Kind = Literal["results", "keeps", "tangent"]
 
 
 def is_worthwhile(plan: Plan) -> bool:
@@ -166,22 +170,25 @@ def reads_in_place(steps: Steps) -> bool:
 
 
 def results_block(plan: Plan, steps: Steps, block: int) -> int:
-    """Timesteps per block of results whose gradient is in blocks of `block`.
+    """Timesteps per block of results alone, whose gradients are in blocks of `block`.
 
-    Nothing is contracted over the block here, so that it need not be long. Measured on a CPU, 26
-    steps and sizes: in blocks of 256 KiB results were 0.94 to 7.6 times as fast as from `lax.scan`,
-    in blocks of 2 MiB 0.72 to 7.1 times, with four times the memory. Three kinds keep the longer
-    ones. Products of many terms: XLA runs one on a single core that makes up to 2**16 numbers, and
-    with 128 terms and more both cores gain more than the cache (0.73 to 1.51 times as fast, mostly
-    more than 1). Steps without products, to which each block is a cost. And those that have more
-    work than for one core, where several wait for each other.
+    A large pass takes all cores of a CPU, a loop of few samples one. But a core that was idle works
+    at half its speed for about a millisecond, and the loop goes on upon the core that finished the
+    pass last. So blocks are to be few: in blocks of 4 MiB instead of 2 MiB, or of 256 KiB where
+    sums are short, results of 4 to 64 samples were 1.0 to 1.2 times as fast, in blocks of 16 to
+    64 MiB 0.8 to 1.0 times. Or, where there is little to do, small enough for one core, on which
+    XLA makes products of up to 2**16 numbers.
     """
-    work = sum(map(multiply_adds, plan.in_loops))
-    if not steps.adapts or jax.device_count() > 1 or not 0 < work <= 1 << 21:
+    if not steps.adapts or jax.device_count() > 1:
         return block
-    if take_all_cores(plan.in_passes):
-        return block
-    return _near_divisor(block, max(4, (256 << 10) // max(_bytes_of_passes(plan), 1)))
+    between = _bytes_between(plan)
+    target = (4 << 20) // max(between, 1)
+    products = list(filter(multiply_adds, plan.in_passes))
+    if 0 < steps.length * sum(map(multiply_adds, products)) <= 1 << 24:
+        target = min(target, (1 << 16) // max(size(e.outvars[0]) for e in products))
+    elif steps.length * between <= 8 << 20:
+        target = steps.length
+    return _near_divisor(steps.length, max(4, target))
 
 
 def take_all_cores(passes: Iterable[Equation]) -> bool:
@@ -218,7 +225,7 @@ def samples_last(
     samples: Any,
     weights: int,
     has_gates: bool,
-    is_tangent: bool,
+    kind: Kind,
     is_even: bool,
     has_pass: bool,
 ) -> bool:
@@ -229,26 +236,29 @@ def samples_last(
     by a pass and read again. In short transposes, of fewer than 32 samples, XLA is slow at what is
     elementwise. A tangent's rows have to be transposed for it, and that pays later still. So does a
     loop that takes a pass in, if that had work for all cores: LSTM and GRU of 128 units and
-    features were 1.04 to 1.11 times as fast with it, the LSTM of 256 units 0.71 to 0.89 times.
+    features were 1.04 to 1.11 times as fast with it, the LSTM of 256 units 0.71 to 0.89 times. For
+    results alone, which have long blocks, passes are as fast from 512 KiB of weights on.
 
     Args:
         samples: their number, or what stands for it.
         weights: the bytes of the matrices in the loop.
         has_gates: whether a product makes more than a state has units.
-        is_tangent: whether the loop is that of a tangent.
+        kind: whose loop it is.
         is_even: whether arrays are held as rows and not as transposes, see `Form`.
-        has_pass: whether the loop had otherwise a pass before it, with work for all cores.
+        has_pass: whether the loop had otherwise passes beside it, with work for all cores.
     """
     if not placement.is_lone_cpu() or not isinstance(samples, int):
         return False
     if samples % 8 or not (8 if is_even else 32) <= samples <= 64:
         return False
-    if is_tangent:
+    if kind == "tangent":
         return is_even and weights >= 2 << 20
-    if has_gates:
-        is_soon = is_even and samples > 8 and not has_pass
-        return weights >= (1 << 18 if is_soon else 1 << 20)
-    return weights >= 2 << 20
+    if not has_gates:
+        return weights >= 2 << 20
+    is_soon = is_even and samples > 8 and not has_pass
+    if is_soon and (kind == "keeps" or weights < 1 << 19):
+        return weights >= 1 << 18
+    return weights >= 7 << 17
 
 
 def _largest(values: Iterable[Var]) -> int:
@@ -258,6 +268,14 @@ def _largest(values: Iterable[Var]) -> int:
 def _bytes_of_passes(plan: Plan) -> int:
     """What passes hand on per step."""
     return _bytes(v for stage in plan.stages for v in stage.program.outvars)
+
+
+def _bytes_between(plan: Plan) -> int:
+    """What passes and loops hand on to each other per step."""
+    read = {v for stage in plan.stages[1:] for v in stage.program.invars}
+    read |= {v for loop in plan.loops for v in loop.xs}
+    made = {v for stage in plan.stages for v in stage.program.outvars}
+    return _bytes(read & made.union(*(loop.ys for loop in plan.loops)))
 
 
 def _bytes(atoms: Iterable[Atom]) -> int:

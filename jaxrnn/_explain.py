@@ -96,7 +96,7 @@ def _report(
         lines.append("for gradients; results come from one loop, with the samples on the last axis")
     elif only_for_gradients(split.plan, chunk, remat, method):
         lines.append("for gradients; results alone come from plain lax.scan, just as soon")
-    elif not remat and results < block:
+    elif not remat and results != block:
         lines.append(f"for gradients; results in blocks of {results}")
     lines += _section("once, from parameters alone", split.plan.invariant)
     for i, stage in enumerate(split.plan.stages):

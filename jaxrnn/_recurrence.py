@@ -27,7 +27,7 @@ from jaxrnn._block import (
     run_plain,
     time_first,
 )
-from jaxrnn._choice import results_block
+from jaxrnn._choice import Kind, results_block
 from jaxrnn._fission import Loop, Plan, fission
 from jaxrnn._jaxpr import (
     Equation,
@@ -110,8 +110,12 @@ def _run(
     axes: Sequence[int],
     steps: Steps,
     block: int,
+    kind: Kind = "results",
 ) -> tuple[list[Array], list[Array]]:
-    """Runs a body over blocks of time, with the derivative described at the top of this file."""
+    """Runs a body over blocks of time, with the derivative described at the top of this file.
+
+    Its `kind` is "keeps" if among its results is what the tangent needs.
+    """
     n_consts, n_carry = len(consts), len(carry)
 
     @jax.custom_jvp
@@ -119,11 +123,12 @@ def _run(
         consts: list[Array], carry: list[Array], xs: list[Array]
     ) -> tuple[list[Array], list[Array]]:
         plan = fission(program, n_consts, n_carry)
-        shorter = results_block(plan, steps, block)
-        turned = in_one_loop(plan, steps)
+        turned = in_one_loop(plan, steps, kind)
+        alone = kind == "results"
+        length = results_block(turned or plan, steps, block) if alone else block
         if turned is not None and not turned.stages[1:]:
             return run_at_once(turned, consts, carry, xs, axes, steps)
-        return run_in_place(turned or plan, consts, carry, xs, axes, steps, shorter)
+        return run_in_place(turned or plan, consts, carry, xs, axes, steps, length)
 
     def rule(primals: Any, tangents: Any) -> Any:
         consts, carry, xs = primals
@@ -134,7 +139,7 @@ def _run(
             example = [x[0] for x in map(time_first, xs, axes)]
             traced = _as_differentiated(keeping, *consts, *carry, *example)
             keeping, given = traced.program, [*traced.consts, *consts]
-        last, made = _run(keeping, given, carry, xs, axes, steps, block)
+        last, made = _run(keeping, given, carry, xs, axes, steps, block, "keeps")
 
         tangent = Tangent(program, primals, tangents, axes, made, held)
         t_last, t_ys = tangent.run(steps, block)

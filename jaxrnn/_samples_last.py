@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxrnn._block import Steps
-from jaxrnn._choice import samples_last, take_all_cores
+from jaxrnn._choice import Kind, samples_last, take_all_cores
 from jaxrnn._fission import Loop, Plan, Stage
 from jaxrnn._form import Form
 from jaxrnn._jaxpr import (
@@ -33,6 +33,7 @@ from jaxrnn._jaxpr import (
     dtype,
     is_elementwise,
     is_weak,
+    multiply_adds,
     parts,
     product_options,
     read,
@@ -79,8 +80,11 @@ class _Turning(NamedTuple):
     rows: list[_Derived]
 
 
-def in_one_loop(plan: Plan, steps: Steps) -> Plan | None:
-    """`plan` without a pass before its one loop, with the samples last in that, if this pays."""
+def in_one_loop(plan: Plan, steps: Steps, kind: Kind = "results") -> Plan | None:
+    """`plan` without a pass before its one loop, with the samples last in that, if this pays.
+
+    Beside a readout results alone gain less: it would wait for the loop, and run block by block.
+    """
     with_loop = [i for i, stage in enumerate(plan.stages) if stage.loop is not None]
     if steps.fused or not steps.adapts or with_loop != [0]:
         return None
@@ -109,7 +113,9 @@ def in_one_loop(plan: Plan, steps: Steps) -> Plan | None:
         return None
     ys = (*loop.ys, *made)
     whole = loop._replace(program=spelled_out, consts=consts, xs=xs, ys=ys)
-    turned = _turned(whole, is_tangent=False, has_pass=take_all_cores(program.equations))
+    readouts = [e for stage in after for e in stage.program.equations if multiply_adds(e)]
+    has_pass = take_all_cores(program.equations) or (kind == "results" and bool(readouts))
+    turned = _turned(whole, kind, has_pass)
     if turned is None:
         return None
     return plan._replace(
@@ -125,7 +131,7 @@ def in_loops(plan: Plan, steps: Steps) -> Plan:
         return plan
     stages, times, invariant = [], dict(plan.times), plan.invariant
     for stage in plan.stages:
-        turned = _turned(stage.loop, is_tangent=True) if stage.loop is not None else None
+        turned = _turned(stage.loop, "tangent") if stage.loop is not None else None
         if turned is None:
             stages.append(stage)
             continue
@@ -146,14 +152,14 @@ def _with(program: Program, derived: Sequence[_Derived]) -> Program:
     )
 
 
-def _turned(loop: Loop, is_tangent: bool, has_pass: bool = False) -> _Turning | None:
+def _turned(loop: Loop, kind: Kind, has_pass: bool = False) -> _Turning | None:
     """A loop with the samples last, if that fits and pays."""
     for is_even in (True, False):
-        samples = _samples(loop, is_tangent, is_even, has_pass)
+        samples = _samples(loop, kind, is_even, has_pass)
         if samples is None:
             return None
         try:
-            return _in_form(loop, Form(samples, is_even), is_tangent)
+            return _in_form(loop, Form(samples, is_even), kind == "tangent")
         except _MisfitError:
             continue
     return None
@@ -321,7 +327,7 @@ class _Step:
         return self.form.release(value.array) if isinstance(value, _Held) else value
 
 
-def _samples(loop: Loop, is_tangent: bool, is_even: bool, has_pass: bool) -> int | None:
+def _samples(loop: Loop, kind: Kind, is_even: bool, has_pass: bool) -> int | None:
     """The number of samples of a loop, if they had better be last."""
     n = len(loop.consts)
     consts = loop.program.invars[:n]
@@ -338,7 +344,7 @@ def _samples(loop: Loop, is_tangent: bool, is_even: bool, has_pass: bool) -> int
     weights = sum(map(size_in_bytes, variables(e.invars[1] for e in products)))
     units = max((shape(v)[1] for v in states if len(shape(v)) == 2), default=0)
     has_gates = any(shape(e.outvars[0])[1] > units for e in products)
-    pays = samples_last(samples, weights, has_gates, is_tangent, is_even, has_pass)
+    pays = samples_last(samples, weights, has_gates, kind, is_even, has_pass)
     return samples if pays else None
 
 

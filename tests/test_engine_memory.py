@@ -152,20 +152,20 @@ def test_terms_of_a_sum_over_pairs_of_states_are_made_for_few_steps_at_once():
     assert_same(ours(*operands), plain(*operands), scale=10)
 
 
-def test_results_alone_are_made_in_blocks_that_stay_in_the_cache():
-    """What passes hand to the loop: 2 MiB are one block of the gradient and eight of results."""
-    batch, time, units = 16, 64, 128
+def test_results_alone_are_made_in_blocks_of_a_few_mebibytes():
+    """Passes hand 16 MiB to the loop, 4 MiB in a block: of which the gates are cut once more."""
+    batch, time, units = 16, 512, 128
     cell = jaxrnn.cells.lstm(units)
-    params = cell.init(jax.random.key(0), 1)
+    params = cell.init(jax.random.key(0), 8)
 
     def last(params, inputs):
         states = cell.initial_states(batch)
         call = jaxrnn.rnn(cell.step(params), inputs, states, method="sequential")
         return call[0]
 
-    compiled = jax.jit(last).lower(params, jnp.ones((batch, time, 1))).compile()
+    compiled = jax.jit(last).lower(params, jnp.ones((batch, time, 8))).compile()
     outputs = time * batch * units * 4
-    assert compiled.memory_analysis().temp_size_in_bytes < outputs + (1 << 20)
+    assert compiled.memory_analysis().temp_size_in_bytes < outputs + (9 << 20)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

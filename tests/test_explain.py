@@ -109,16 +109,6 @@ def test_one_block_where_that_takes_little_memory():
     assert blocks(jaxrnn.cells.lstm(H), two_mib) == two_mib // 4
 
 
-def test_results_of_products_of_many_terms_keep_the_blocks_of_gradients():
-    def text(features):
-        cell = jaxrnn.cells.simple_rnn(128)
-        step = cell.step(cell.init(jax.random.key(0), features))
-        return jaxrnn.explain(step, jnp.ones((8, 512, features)), cell.initial_states(8))
-
-    assert "results in blocks of" in text(64)
-    assert "results in blocks of" not in text(128)
-
-
 def test_a_state_larger_than_what_the_passes_make_has_shorter_blocks():
     """The passes make [B, 2, N], the gradient's go over rows like the state, [B, N, N]."""
     n, time = 32, 192
@@ -134,15 +124,27 @@ def test_a_state_larger_than_what_the_passes_make_has_shorter_blocks():
     assert "in blocks of 32" in report.splitlines()[0]
 
 
-def test_results_are_in_shorter_blocks_where_steps_hold_products():
-    cell = jaxrnn.cells.lstm(H)  # 2 MiB in 512 steps
-    step = cell.step(cell.init(jax.random.key(0), 1))
-    inputs = jnp.ones((B, 512, 1))
-    report = jaxrnn.explain(step, inputs, cell.initial_states(B), method="sequential")
-    assert report.splitlines()[:2] == [
-        'method "sequential" over 512 steps, in blocks of 512',
-        "for gradients; results in blocks of 64",
-    ]
+def test_results_are_in_longer_blocks_than_gradients():
+    """One up to 8 MiB of what passes and the loop hand on to each other, else of 4 MiB."""
+
+    def blocks(time, features=2, readout=False):
+        cell = jaxrnn.cells.lstm(H)  # 2 MiB in 512 steps
+        params = cell.init(jax.random.key(0), features)
+
+        def step(x, states):
+            h, states = cell.step(params)(x, states)
+            return h @ jnp.ones((H, 1)) if readout else h, states
+
+        states, inputs = cell.initial_states(B), jnp.ones((B, time, features))
+        report = jaxrnn.explain(step, inputs, states, method="sequential").splitlines()
+        assert report[0].startswith(f'method "sequential" over {time} steps, in blocks of 5')
+        return int(report[1].removeprefix("for gradients; results in blocks of "))
+
+    assert blocks(2048, features=16) == 2048
+    assert blocks(3072, features=16) == 1024
+    assert blocks(3072, features=16, readout=True) == 768
+    # What one core has done soon: 2**16 numbers of a pass.
+    assert blocks(1024, features=2) == 64
 
 
 def test_blocks_of_large_steps_are_short_but_no_single_steps():

@@ -123,7 +123,10 @@ def is_laid_so(make, samples, units, function=results, scan=jaxrnn.scan, feature
         (rectified, 16, 736, [True]),
         (masked, 16, 256, [False]),
         (masked, 32, 256, [True]),
-        (readout, 16, 128, [True]),
+        (lstm, 16, 184, [False]),
+        (lstm, 16, 240, [True]),
+        (readout, 16, 128, [False]),
+        (readout, 16, 256, [True]),
     ],
 )
 def test_results_are_laid_so_for_few_samples_and_large_matrices(make, samples, units, expected):
@@ -140,7 +143,12 @@ def test_a_pass_of_long_sums_is_given_up_for_larger_matrices(features, units, ex
 
 @pytest.mark.parametrize(
     ("make", "units", "expected"),
-    [(lstm, 128, [True, False]), (lstm, 384, [True, True]), (masked, 384, [False, False])],
+    [
+        (lstm, 128, [True, False]),
+        (lstm, 184, [True, False]),
+        (lstm, 384, [True, True]),
+        (masked, 384, [False, False]),
+    ],
 )
 def test_gradients_are_laid_so_for_larger_ones(make, units, expected):
     def gradient(*arguments):
@@ -197,7 +205,7 @@ def test_results_are_one_loop_and_a_readout_is_a_pass():
 
     def products(make):
         run = functools.partial(results, jaxrnn.scan, make)
-        jaxpr = jax.make_jaxpr(run)(*operands(make, 16, 128)).jaxpr
+        jaxpr = jax.make_jaxpr(run)(*operands(make, 16, 256)).jaxpr
         return products_in_innermost_loops(jaxpr), count(jaxpr, DOT), len(list(loops(jaxpr)))
 
     assert products(lstm) == ([2], 2, 1)
