@@ -134,7 +134,8 @@ def block_length(
     per_step = _bytes_of_passes(plan)
     # The gradient's passes go over rows like the states, too: kept, their tangents, and factors of
     # both. That counts where these are more than the passes make, as with a matrix for a state.
-    states = _bytes(plan.carries)
+    pairs = zip(plan.carries, plan.body.outvars, strict=False)
+    states = _bytes(old for old, new in pairs if new is not old)
     per_step += 2 * max(states - per_step, 0)
     devices = jax.device_count()
     per_step //= devices  # as if split over all

@@ -124,6 +124,17 @@ def test_a_state_larger_than_what_the_passes_make_has_shorter_blocks():
     assert "in blocks of 32" in report.splitlines()[0]
 
 
+def test_a_state_that_is_passed_through_shortens_no_blocks():
+    def reader(x, states):
+        h, table = states
+        h = jnp.tanh(x @ jnp.ones((1, H)) + h @ jnp.ones((H, H)) + table[:, :1])
+        return h, [h, table]
+
+    start = [jnp.ones((B, H)), jnp.ones((B, 64 * H))]
+    report = jaxrnn.explain(reader, jnp.ones((B, 128, 1)), start, method="sequential")
+    assert report.splitlines()[0].endswith("in blocks of 128")
+
+
 def test_results_are_in_longer_blocks_than_gradients():
     """One up to 8 MiB of what passes and the loop hand on to each other, else of 4 MiB."""
 
