@@ -30,6 +30,7 @@ class Steps(NamedTuple):
         fused: whether recurrences that fit are run as one kernel.
         whole_tangent: whether a tangent is one block where its results are several.
         adapts: whether blocks may be shorter than the one length that is told for all.
+        over_states: timesteps per block of a tangent whose passes go over rows like the states.
     """
 
     length: int
@@ -38,6 +39,7 @@ class Steps(NamedTuple):
     fused: bool = False
     whole_tangent: bool = False
     adapts: bool = False
+    over_states: int = 0
 
     def scan(
         self, step: Callable[[PyTree, PyTree], Any], init: PyTree, xs: PyTree

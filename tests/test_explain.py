@@ -109,32 +109,6 @@ def test_one_block_where_that_takes_little_memory():
     assert blocks(jaxrnn.cells.lstm(H), two_mib) == two_mib // 4
 
 
-def test_a_state_larger_than_what_the_passes_make_has_shorter_blocks():
-    """The passes make [B, 2, N], the gradient's go over rows like the state, [B, N, N]."""
-    n, time = 32, 192
-
-    def fast_weights(x, states):
-        k, v = jnp.split(x @ jnp.ones((1, 2 * n)), 2, axis=-1)
-        memory = 0.9 * states[0] + k[:, :, None] * v[:, None, :]
-        return memory.sum(1), [memory]
-
-    inputs, states = jnp.ones((B, time, 1)), [jnp.ones((B, n, n))]
-    report = jaxrnn.explain(fast_weights, inputs, states, method="sequential")
-    assert time * 4 * B * 2 * n < 2**20
-    assert "in blocks of 32" in report.splitlines()[0]
-
-
-def test_a_state_that_is_passed_through_shortens_no_blocks():
-    def reader(x, states):
-        h, table = states
-        h = jnp.tanh(x @ jnp.ones((1, H)) + h @ jnp.ones((H, H)) + table[:, :1])
-        return h, [h, table]
-
-    start = [jnp.ones((B, H)), jnp.ones((B, 64 * H))]
-    report = jaxrnn.explain(reader, jnp.ones((B, 128, 1)), start, method="sequential")
-    assert report.splitlines()[0].endswith("in blocks of 128")
-
-
 def test_results_are_in_longer_blocks_than_gradients():
     """One up to 8 MiB of what passes and the loop hand on to each other, else of 4 MiB."""
 

@@ -539,6 +539,45 @@ def test_small_bodies_are_left_alone_unless_asked_for(units):
     assert is_plain(method="lax")
 
 
+def blocks_of_the_gradient(body, init, xs):
+    """The steps in a block of the tangent, or none if it is one block."""
+
+    def loss(init, xs):
+        last, ys = jaxrnn.scan(body, init, xs, method="sequential")
+        return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves((last, ys)))
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1)))(init, xs).jaxpr
+    outer = {
+        equation.params["length"]
+        for equation, _ in equations(jaxpr)
+        if equation.primitive is SCAN and list(loops(equation.params["jaxpr"].jaxpr))
+    }
+    return {len(xs) // count for count in outer}
+
+
+@pytest.mark.parametrize(("n", "time", "blocks"), [(32, 192, {32}), (64, 64, set())])
+def test_blocks_are_short_where_passes_go_over_rows_like_a_large_state(n, time, blocks):
+    """A small memory is read by a pass, a large one by the loop, where it lies."""
+
+    def linear_attention(memory, x):
+        q, k, v = jnp.split(x @ jnp.ones((1, 3 * n)), 3, axis=-1)
+        memory = 0.9 * memory + k[:, :, None] * v[:, None, :]
+        return memory, jnp.einsum("bk,bkv->bv", q, memory)
+
+    memory, xs = jnp.ones((8, n, n)), jnp.ones((time, 8, 1))
+    assert blocks_of_the_gradient(linear_attention, memory, xs) == blocks
+
+
+def test_a_state_that_is_passed_through_shortens_no_blocks():
+    def reader(carry, x):
+        h, table = carry
+        h = jnp.tanh(x @ jnp.ones((1, 32)) + h @ jnp.ones((32, 32)) + table[:, :1])
+        return (h, table), h**2
+
+    start = jnp.ones((8, 32)), jnp.ones((8, 2048))
+    assert blocks_of_the_gradient(reader, start, jnp.ones((128, 8, 1))) == set()
+
+
 def test_blocks_cover_time_with_a_shorter_one_last():
     u, w = jnp.ones((UNITS, UNITS)), jnp.ones((FEATURES, UNITS))
 
