@@ -29,7 +29,7 @@ class Steps(NamedTuple):
         unroll: steps per iteration.
         fused: whether recurrences that fit are run as one kernel.
         whole_tangent: whether a tangent is one block where its results are several.
-        adapts: whether blocks may be shorter than the one length that is told for all.
+        adapts: whether blocks may have other lengths than the one that is told for all.
         over_states: timesteps per block of a tangent whose passes go over rows like the states.
     """
 

@@ -124,11 +124,11 @@ def _run(
     ) -> tuple[list[Array], list[Array]]:
         plan = fission(program, n_consts, n_carry)
         turned = in_one_loop(plan, steps, kind)
-        alone = kind == "results"
-        length = results_block(turned or plan, steps, block) if alone else block
         if turned is not None and not turned.stages[1:]:
             return run_at_once(turned, consts, carry, xs, axes, steps)
-        return run_in_place(turned or plan, consts, carry, xs, axes, steps, length)
+        chosen = turned or plan
+        length = results_block(chosen, steps, block) if kind == "results" else block
+        return run_in_place(chosen, consts, carry, xs, axes, steps, length)
 
     def rule(primals: Any, tangents: Any) -> Any:
         consts, carry, xs = primals
