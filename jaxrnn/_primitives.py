@@ -42,6 +42,7 @@ OWN_RULES = frozenset({p.custom_jvp_call_p, p.custom_vjp_call_p})
 PRODUCTS = frozenset({p.dot_general_p, p.conv_general_dilated_p})
 FACTORISATIONS = frozenset({p.cholesky_p, p.eig_p, p.eigh_p, p.lu_p, p.qr_p, p.svd_p})
 HEAVY = PRODUCTS | FACTORISATIONS | {gather_p, p.scan_p, p.triangular_solve_p, p.fft_p}
+WRITES = frozenset({p.dynamic_update_slice_p, p.scatter_p})
 FREE = frozenset(
     {
         p.broadcast_in_dim_p,

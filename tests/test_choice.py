@@ -1,0 +1,175 @@
+"""What the engine decides by itself: whether to take a step apart, and in which blocks."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_same
+from jax import lax
+from structure import DOT, SCAN, equations, loops, products_in_innermost_loops
+
+import jaxrnn
+
+BATCH, TIME, FEATURES, UNITS = 3, 8, 5, 16
+
+
+def total(tree):
+    return sum(jnp.sum(jnp.sin(jnp.abs(leaf))) for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("units", [4, 64])
+def test_small_bodies_are_left_alone_unless_asked_for(units):
+    u, w = jnp.ones((units, units)), jnp.ones((units, units))
+
+    def is_plain(**flags):
+        def body(h, x):
+            h = jnp.tanh(x @ w + h @ u)
+            return h, h
+
+        jaxpr = jax.make_jaxpr(lambda xs: jaxrnn.scan(body, jnp.zeros((2, units)), xs, **flags))
+        program = jaxpr(jnp.ones((16, 2, units)))
+        return products_in_innermost_loops(program) == [2]
+
+    assert is_plain() == (units == 4)
+    assert not is_plain(method="sequential")
+    assert is_plain(method="lax")
+
+
+def test_results_of_many_rows_come_from_the_plain_loop_and_gradients_do_not():
+    """32 rows make a product with a small matrix as fast inside a loop as outside of it."""
+    rng = np.random.default_rng(0)
+    w, u, x = (
+        np.asarray(0.1 * rng.standard_normal(s), np.float32)
+        for s in [(64, 128), (128, 128), (TIME, 32, 64)]
+    )
+
+    def run(scan, w, u, x):
+        def body(h, x):
+            h = jnp.tanh(x @ w + h @ u)
+            return h, h
+
+        return scan(body, jnp.zeros((x.shape[1], 128)), x)
+
+    def gradient(scan, *operands):
+        return jax.grad(lambda *o: total(run(scan, *o)), (0, 1, 2))(*operands)
+
+    def jaxpr(function, scan, rows=32):
+        return jax.make_jaxpr(functools.partial(function, scan))(w, u, x[:, :rows])
+
+    plain, ours = jaxpr(run, lax.scan), jaxpr(run, jaxrnn.scan)
+    assert products_in_innermost_loops(ours) == products_in_innermost_loops(plain) == [2]
+    assert products_in_innermost_loops(jaxpr(run, jaxrnn.scan, rows=16)) == [1]
+    assert products_in_innermost_loops(jaxpr(gradient, jaxrnn.scan)) == [1, 1]
+    for function in (run, gradient):
+        assert_same(
+            jax.jit(functools.partial(function, jaxrnn.scan))(w, u, x),
+            jax.jit(functools.partial(function, lax.scan))(w, u, x),
+            scale=10,
+        )
+
+
+def test_blocks_cover_time_with_a_shorter_one_last():
+    u, w = jnp.ones((UNITS, UNITS)), jnp.ones((FEATURES, UNITS))
+
+    def lengths(chunk, time):
+        def body(h, x):
+            h = jnp.tanh(x @ w + h @ u)
+            return h, h
+
+        program = jax.make_jaxpr(
+            lambda xs: jaxrnn.scan(body, u[:BATCH], xs, method="sequential", chunk=chunk)
+        )(jnp.ones((time, BATCH, FEATURES)))
+        return [
+            (times, e.params["length"]) for e, times in equations(program) if e.primitive is SCAN
+        ]
+
+    assert lengths(4, 8) == [(1, 2), (2, 4)]
+    assert lengths(4, 11) == [(1, 2), (2, 4), (1, 3)]
+    assert lengths(None, 11) == lengths(11, 11) == lengths(99, 11) == [(1, 11)]
+
+
+@pytest.mark.parametrize(("units", "blocks"), [(512, 8), (2048, 2)])
+def test_gradients_of_large_weights_are_added_to_less_often(units, blocks):
+    """Of 16 MiB that the passes make a block makes 2, or half the bytes of the weights."""
+    batch = 4
+    time = (16 << 20) // (4 * batch * units)
+    shapes = [(FEATURES, units), (units, units), (batch, units), (time, batch, FEATURES)]
+    w, u, h, xs = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+
+    def of(w, u, h, xs):
+        def step(h, x):
+            return jnp.tanh(x @ w + h @ u), None
+
+        return total(jaxrnn.scan(step, h, xs)[0])
+
+    gradient = jax.make_jaxpr(jax.grad(of, 1))(w, u, h, xs).jaxpr
+    products = [(e.outvars[0].aval.shape, n) for e, n in equations(gradient) if e.primitive is DOT]
+    assert [times for made, times in products if made == u.shape] == [blocks]
+
+
+def blocks_of_the_gradient(body, init, xs):
+    """The steps in a block of the tangent, or none if it is one block."""
+
+    def loss(init, xs):
+        last, ys = jaxrnn.scan(body, init, xs, method="sequential")
+        return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves((last, ys)))
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1)))(init, xs).jaxpr
+    outer = {
+        equation.params["length"]
+        for equation, _ in equations(jaxpr)
+        if equation.primitive is SCAN and list(loops(equation.params["jaxpr"].jaxpr))
+    }
+    return {len(xs) // count for count in outer}
+
+
+@pytest.mark.parametrize(("n", "time", "blocks"), [(32, 192, {32}), (64, 64, set())])
+def test_blocks_are_short_where_passes_go_over_rows_like_a_large_state(n, time, blocks):
+    """A small memory is read by a pass, a large one by the loop, where it lies."""
+
+    def linear_attention(memory, x):
+        q, k, v = jnp.split(x @ jnp.ones((1, 3 * n)), 3, axis=-1)
+        memory = 0.9 * memory + k[:, :, None] * v[:, None, :]
+        return memory, jnp.einsum("bk,bkv->bv", q, memory)
+
+    memory, xs = jnp.ones((8, n, n)), jnp.ones((time, 8, 1))
+    assert blocks_of_the_gradient(linear_attention, memory, xs) == blocks
+
+
+def test_a_state_that_is_passed_through_shortens_no_blocks():
+    def reader(carry, x):
+        h, table = carry
+        h = jnp.tanh(x @ jnp.ones((1, 32)) + h @ jnp.ones((32, 32)) + table[:, :1])
+        return (h, table), h**2
+
+    start = jnp.ones((8, 32)), jnp.ones((8, 2048))
+    assert blocks_of_the_gradient(reader, start, jnp.ones((128, 8, 1))) == set()
+
+
+@pytest.mark.parametrize("write", ["slice", "scatter"])
+@pytest.mark.parametrize(
+    ("samples", "features", "left_alone"), [(8, 32, True), (8, 512, False), (4, 32, False)]
+)
+def test_a_large_cache_is_left_alone_unless_much_leaves_the_loop(
+    samples, features, left_alone, write
+):
+    """To keep it whole for the gradient takes longer than all that is gained beside it."""
+    w, xs = np.ones((features, 64), np.float32), np.ones((TIME, samples, features), np.float32)
+
+    def products(scan):
+        def step(carry, x):
+            rows, t = carry
+            if write == "slice":
+                rows = lax.dynamic_update_index_in_dim(rows, x @ w, t, 1)
+            else:
+                rows = rows.at[:, t].set(x @ w)
+            return (rows, t + 1), jnp.einsum("bth,bh->bt", rows, x @ w)
+
+        start = jnp.zeros((samples, 128, 64)), 0
+        return products_in_innermost_loops(
+            jax.make_jaxpr(jax.grad(lambda xs: total(scan(step, start, xs)[1])))(xs)
+        )
+
+    assert (products(jaxrnn.scan) == products(lax.scan)) == left_alone
