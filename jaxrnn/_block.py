@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxrnn._columns import MisfitError
+from jaxrnn._early import carried
 from jaxrnn._fission import Loop, Plan
 from jaxrnn._fused import run_fused
 from jaxrnn._jaxpr import Atom, Literal, Program, read, variables
@@ -179,12 +180,13 @@ def run_plain(
     Returns:
         The last carry, and ys with a row per step.
     """
+    state, of_rows = carried(program, consts, carry)
 
-    def step(carry: list[Array], x: list[Array]) -> tuple[list[Array], list[Array]]:
-        outs = program.run(*consts, *carry, *map(one_row, xs, x))
-        return outs[: len(carry)], outs[len(carry) :]
+    def step(state: list[Array], x: list[Array]) -> tuple[list[Array], list[Array]]:
+        return of_rows(state, list(map(one_row, xs, x)))
 
-    return steps.scan(step, list(carry), list(map(given_rows, xs)))
+    state, ys = steps.scan(step, state, list(map(given_rows, xs)))
+    return state[: len(carry)], ys
 
 
 def over_blocks(
@@ -340,24 +342,26 @@ class _Writer:
         places = [i for i in sorted(self.missing) if self.outs[i] in loop.ys]
         others = [v for v in loop.ys if v not in self.outs]
 
+        start, of_rows = carried(loop.program, consts, carry)
+
         def step(state: PyTree, x: PyTree) -> tuple[PyTree, list[Array]]:
-            (carry, whole), (i, x) = state, x
-            outs = loop.program.run(*consts, *carry, *x)
-            row: Env = dict(zip(loop.ys, outs[len(carry) :], strict=True))
+            (state, whole), (i, x) = state, x
+            state, ys = of_rows(state, x)
+            row: Env = dict(zip(loop.ys, ys, strict=True))
             whole = [
                 _write(ys, row[self.outs[place]][None], i)
                 for place, ys in zip(places, whole, strict=True)
             ]
-            return (outs[: len(carry)], whole), [row[v] for v in others]
+            return (state, whole), [row[v] for v in others]
 
-        state = (carry, [self.whole[place] for place in places])
-        (carry, whole), ys = steps.scan(step, state, (self.index, xs))
+        state = (start, [self.whole[place] for place in places])
+        (state, whole), ys = steps.scan(step, state, (self.index, xs))
         rows: Env = dict(zip(others, ys, strict=True))
         for place, written in zip(places, whole, strict=True):
             self.whole[place] = written
             rows[self.outs[place]] = block_of(written, 0, self.index, steps)
         self.missing.difference_update(places)
-        return carry, [rows[v] for v in loop.ys]
+        return state[: len(carry)], [rows[v] for v in loop.ys]
 
     def write_missing(self, ys: Sequence[Array]) -> None:
         """Writes the rows of the block that no loop has written."""

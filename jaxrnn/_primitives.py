@@ -22,6 +22,7 @@ gather_p = p.gather_p
 lu_p = p.lu_p
 mul_p = p.mul_p
 neg_p = p.neg_p
+pad_p = p.pad_p
 reduce_max_p = p.reduce_max_p
 reduce_sum_p = p.reduce_sum_p
 reshape_p = p.reshape_p

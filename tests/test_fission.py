@@ -396,6 +396,28 @@ def test_a_state_that_is_read_after_its_change_is_kept_as_it_is_then():
     assert count(jax.make_jaxpr(gradient)(operands[0]), change) == 1
 
 
+def test_shifted_states_are_made_a_step_early_where_something_costly_reads_them():
+    """XLA would make them within the kernel of the logarithm, number by number."""
+    pad = primitive_of(lambda x: lax.pad(x, 0.0, [(1, 0, 0)]), np.ones(3))
+    concatenate = primitive_of(lambda x: lax.concatenate([x, x], 0), np.ones(3))
+
+    def shifts_read_in_the_loop(make):
+        def step(h, x):
+            h = make(h, jnp.pad(h[:, 1:], ((0, 0), (0, 1))), jnp.roll(h, 1, axis=1)) + x @ w
+            return h, h
+
+        w, h, xs = np.ones((FEATURES, UNITS)), np.ones((BATCH, UNITS)), np.ones((TIME, BATCH, 5))
+        program = jax.make_jaxpr(lambda h, xs: jaxrnn.scan(step, h, xs, **SPLIT))(h, xs)
+        (loop,) = [loop for loop in loops(program) if not list(loops(loop))]
+        shifts = {e.primitive: e.outvars[0] for e, _ in equations(loop)}
+        read = {v for e, _ in equations(loop) for v in e.invars if not hasattr(v, "val")}
+        return [shifts[primitive] in read for primitive in (pad, concatenate)]
+
+    assert shifts_read_in_the_loop(lambda h, *shifted: h + sum(shifted)) == [True, True]
+    assert shifts_read_in_the_loop(lambda h, *shifted: jnp.exp(h - sum(shifted))) == [False, False]
+    assert shifts_read_in_the_loop(lambda h, a, b: jnp.logaddexp(h, a) + b) == [False, True]
+
+
 def test_what_a_product_is_scaled_by_is_not_computed_again_in_the_loop():
     """Rotated by its step, as a position is told, a key is kept as it is then."""
     w, state, xs = np.ones((UNITS, UNITS)), np.ones(UNITS), np.ones((TIME, UNITS))

@@ -64,7 +64,7 @@ STEPS = (
     Step("key-value cache", memories.key_value_cache, (Size(8, 128, 64, 64),)),
     Step("HiPPO, a solve each step", memories.polynomial_memory, (Size(8, 128, 4, 32),)),
     Step("mixture of experts", other.experts, (Size(16, 128, 64, 64),)),
-    Step("CTC", other.ctc, (Size(16, 128, 64, 20),)),
+    Step("CTC", other.ctc, (Size(16, 128, 64, 20), Size(64, 64, 64, 20))),
     Step("hidden Markov model", other.hidden_markov, (Size(16, 128, 64, 64),)),
     Step("test-time training", memories.test_time_training, (Size(16, 128, 64, 64),)),
     Step("Euler, two-layer network", other.euler, (SMALL, MEDIUM)),

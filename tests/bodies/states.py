@@ -158,3 +158,16 @@ def linear_recurrent_unit(p):
         return h, h.real @ p["c"] + jnp.abs(h).sum()
 
     return f
+
+
+@body(consts=layer(), init=state())
+def shifted_states(p):
+    """Units that meet their neighbours: padded, put together, and in a product."""
+
+    def f(h, x):
+        left = jnp.pad(h[:, 1:], ((0, 0), (0, 1)), constant_values=-1.0)
+        right = jnp.concatenate([jnp.full((BATCH, 1), 0.5), h[:, :-1]], axis=1)
+        new = jnp.tanh(jnp.logaddexp(h, left) - right**2 + x @ p["w"])
+        return new, jnp.roll(h, 1, axis=1) @ p["u"]
+
+    return f
