@@ -165,7 +165,7 @@ def run_plain(
     program: Program,
     consts: Sequence[Array],
     carry: Sequence[Array],
-    xs: Sequence[Array | InPlace],
+    xs: Sequence[Array],
     steps: Steps,
 ) -> tuple[list[Array], list[Array]]:
     """`lax.scan` over `program`.
@@ -174,19 +174,18 @@ def run_plain(
         program: `(consts, carry, x) -> (carry, y)`, flat.
         consts: the same at every step.
         carry: the first carry.
-        xs: arrays with a row per step, or where they lie.
+        xs: arrays with a row per step.
         steps: how many there are, and how they are run through.
 
     Returns:
         The last carry, and ys with a row per step.
     """
-    state, of_rows = carried(program, consts, carry)
 
-    def step(state: list[Array], x: list[Array]) -> tuple[list[Array], list[Array]]:
-        return of_rows(state, list(map(one_row, xs, x)))
+    def step(carry: list[Array], x: list[Array]) -> tuple[list[Array], list[Array]]:
+        outs = program.run(*consts, *carry, *x)
+        return outs[: len(carry)], outs[len(carry) :]
 
-    state, ys = steps.scan(step, state, list(map(given_rows, xs)))
-    return state[: len(carry)], ys
+    return steps.scan(step, list(carry), list(xs))
 
 
 def over_blocks(
@@ -377,8 +376,13 @@ def _write(whole: Array, rows: Array, start: Array) -> Array:
 def _run_loop(
     loop: Loop, consts: list[Array], carry: list[Array], xs: list[Array], steps: Steps
 ) -> tuple[list[Array], list[Array]]:
-    fused = _run_as_kernel(loop, consts, carry, xs, steps)
-    return run_plain(loop.program, consts, carry, xs, steps) if fused is None else fused
+    if (fused := _run_as_kernel(loop, consts, carry, xs, steps)) is not None:
+        return fused
+    state, of_rows = carried(loop.program, consts, carry)
+    state, ys = steps.scan(
+        lambda state, x: of_rows(state, list(map(one_row, xs, x))), state, list(map(given_rows, xs))
+    )
+    return state[: len(carry)], ys
 
 
 def _run_as_kernel(

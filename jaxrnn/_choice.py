@@ -39,7 +39,7 @@ def is_worthwhile(plan: Plan) -> bool:
     eigendecomposition or the like decomposes once more, from whatever is kept: with more than 8
     rows gradients took 1.1 to 2 times as long. A cache that each step writes a part of is kept
     whole for the gradient: from 256 KiB on, with less than a multiply-add outside the loop for each
-    byte, that was all (0.97 to 1.03 times as fast, in JAX 0.12 0.78 to 0.99). On a GPU unrolling
+    byte, that was all (0.94 to 1.03 times as fast, in JAX 0.12 0.77 to 0.99). On a GPU unrolling
     gains by itself.
     """
     if placement.gpu() is not None:

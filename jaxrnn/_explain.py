@@ -11,7 +11,7 @@ from jax import lax
 
 from jaxrnn import _jaxpr, _rnn
 from jaxrnn._arguments import Step
-from jaxrnn._block import Steps, time_first
+from jaxrnn._block import Steps, run_plain, time_first
 from jaxrnn._choice import block_length, results_block, steps_of
 from jaxrnn._fission import Plan
 from jaxrnn._gains import only_for_gradients
@@ -152,11 +152,7 @@ def _kept_bytes(
         return run_split(split.plan, consts, carry, rows, [0] * len(rows), steps, block, remat)
 
     def theirs(consts: Sequence[Array], carry: list[Array], rows: list[Array]) -> PyTree:
-        def step(carry: list[Array], x: list[Array]) -> tuple[list[Array], list[Array]]:
-            outs = traced.program.run(*consts, *carry, *x)
-            return outs[: len(carry)], outs[len(carry) :]
-
-        return steps.scan(step, carry, rows)
+        return run_plain(traced.program, consts, carry, rows, steps)
 
     return (
         _residual_bytes(ours, split.consts, carry, rows),

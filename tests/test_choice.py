@@ -6,17 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_same
+from helpers import assert_same, scalar_of
 from jax import lax
 from structure import DOT, SCAN, equations, loops, products_in_innermost_loops
 
 import jaxrnn
 
 BATCH, TIME, FEATURES, UNITS = 3, 8, 5, 16
-
-
-def total(tree):
-    return sum(jnp.sum(jnp.sin(jnp.abs(leaf))) for leaf in jax.tree.leaves(tree))
 
 
 @pytest.mark.parametrize("units", [4, 64])
@@ -53,7 +49,7 @@ def test_results_of_many_rows_come_from_the_plain_loop_and_gradients_do_not():
         return scan(body, jnp.zeros((x.shape[1], 128)), x)
 
     def gradient(scan, *operands):
-        return jax.grad(lambda *o: total(run(scan, *o)), (0, 1, 2))(*operands)
+        return jax.grad(lambda *o: scalar_of(run(scan, *o)), (0, 1, 2))(*operands)
 
     def jaxpr(function, scan, rows=32):
         return jax.make_jaxpr(functools.partial(function, scan))(w, u, x[:, :rows])
@@ -102,7 +98,7 @@ def test_gradients_of_large_weights_are_added_to_less_often(units, blocks):
         def step(h, x):
             return jnp.tanh(x @ w + h @ u), None
 
-        return total(jaxrnn.scan(step, h, xs)[0])
+        return scalar_of(jaxrnn.scan(step, h, xs)[0])
 
     gradient = jax.make_jaxpr(jax.grad(of, 1))(w, u, h, xs).jaxpr
     products = [(e.outvars[0].aval.shape, n) for e, n in equations(gradient) if e.primitive is DOT]
@@ -113,8 +109,7 @@ def blocks_of_the_gradient(body, init, xs):
     """The steps in a block of the tangent, or none if it is one block."""
 
     def loss(init, xs):
-        last, ys = jaxrnn.scan(body, init, xs, method="sequential")
-        return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves((last, ys)))
+        return scalar_of(jaxrnn.scan(body, init, xs, method="sequential"))
 
     jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1)))(init, xs).jaxpr
     outer = {
@@ -169,7 +164,7 @@ def test_a_large_cache_is_left_alone_unless_much_leaves_the_loop(
 
         start = jnp.zeros((samples, 128, 64)), 0
         return products_in_innermost_loops(
-            jax.make_jaxpr(jax.grad(lambda xs: total(scan(step, start, xs)[1])))(xs)
+            jax.make_jaxpr(jax.grad(lambda xs: scalar_of(scan(step, start, xs)[1])))(xs)
         )
 
     assert (products(jaxrnn.scan) == products(lax.scan)) == left_alone
