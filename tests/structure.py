@@ -7,7 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bodies import BODIES
 from jax import lax
+
+import jaxrnn
 
 
 def primitive_of(function: Callable, *args: Any) -> Any:
@@ -65,6 +68,34 @@ def multiply_adds(jaxpr: Any) -> int:
             depth = [lhs.shape[axis] for axis in contracted]
             total += times * int(np.prod([*equation.outvars[0].aval.shape, *depth]))
     return total
+
+
+TIME = 8  # steps of `programs`
+
+
+def sum_of_sines(tree: Any) -> Any:
+    """A scalar that depends on every float and complex number of a tree, and not linearly."""
+    floats = filter(_is_inexact, jax.tree.leaves(tree))
+    return sum(jnp.sum(jnp.sin(jnp.abs(leaf))) for leaf in floats)
+
+
+def programs(name: str, scan: Callable = jaxrnn.scan, **flags: Any) -> tuple[Any, Any]:
+    """The jaxprs of a body of the table under a scan, and of its gradient with respect to all."""
+    case = BODIES[name]
+    leaves, structure = jax.tree.flatten(case.operands(TIME))
+
+    def run(*floats):
+        given = iter(floats)
+        merged = [next(given) if _is_inexact(leaf) else leaf for leaf in leaves]
+        return case.run(scan, structure.unflatten(merged), TIME, **flags)
+
+    floats = list(filter(_is_inexact, leaves))
+    gradient = jax.grad(lambda *floats: sum_of_sines(run(*floats)), tuple(range(len(floats))))
+    return jax.make_jaxpr(run)(*floats), jax.make_jaxpr(gradient)(*floats)
+
+
+def _is_inexact(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
 
 
 ALL_COLLECTIVES = "(?:all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)"
