@@ -73,29 +73,37 @@ def multiply_adds(jaxpr: Any) -> int:
 TIME = 8  # steps of `programs`
 
 
+def is_inexact(leaf: Any) -> bool:
+    """Whether a leaf is floating or complex, a Python number among them."""
+    return bool(jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.inexact))
+
+
+def over_floats(function: Callable, tree: Any) -> tuple[Callable, list[Any]]:
+    """`function(tree)` as a function of the list of the floating and complex leaves, and these."""
+    leaves, structure = jax.tree.flatten(tree)
+
+    def of(floats):
+        given = iter(floats)
+        merged = [next(given) if is_inexact(leaf) else leaf for leaf in leaves]
+        return function(structure.unflatten(merged))
+
+    return of, list(filter(is_inexact, leaves))
+
+
 def sum_of_sines(tree: Any) -> Any:
     """A scalar that depends on every float and complex number of a tree, and not linearly."""
-    floats = filter(_is_inexact, jax.tree.leaves(tree))
+    floats = filter(is_inexact, jax.tree.leaves(tree))
     return sum(jnp.sum(jnp.sin(jnp.abs(leaf))) for leaf in floats)
 
 
 def programs(name: str, scan: Callable = jaxrnn.scan, **flags: Any) -> tuple[Any, Any]:
     """The jaxprs of a body of the table under a scan, and of its gradient with respect to all."""
     case = BODIES[name]
-    leaves, structure = jax.tree.flatten(case.operands(TIME))
-
-    def run(*floats):
-        given = iter(floats)
-        merged = [next(given) if _is_inexact(leaf) else leaf for leaf in leaves]
-        return case.run(scan, structure.unflatten(merged), TIME, **flags)
-
-    floats = list(filter(_is_inexact, leaves))
-    gradient = jax.grad(lambda *floats: sum_of_sines(run(*floats)), tuple(range(len(floats))))
-    return jax.make_jaxpr(run)(*floats), jax.make_jaxpr(gradient)(*floats)
-
-
-def _is_inexact(leaf: Any) -> bool:
-    return bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
+    run, floats = over_floats(
+        lambda operands: case.run(scan, operands, TIME, **flags), case.operands(TIME)
+    )
+    gradient = jax.grad(lambda floats: sum_of_sines(run(floats)))
+    return jax.make_jaxpr(run)(floats), jax.make_jaxpr(gradient)(floats)
 
 
 ALL_COLLECTIVES = "(?:all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)"

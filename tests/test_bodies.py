@@ -12,6 +12,7 @@ import pytest
 from bodies import BODIES, TIME
 from helpers import assert_same
 from jax import lax
+from structure import is_inexact, over_floats
 
 import jaxrnn
 
@@ -29,14 +30,10 @@ SETTINGS = {
 }
 
 
-def is_float(leaf):
-    return jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.inexact)
-
-
 def scalar_of(tree):
     """A real number in which every element of every float leaf has a weight of its own."""
     total = jnp.zeros(())
-    for number, leaf in enumerate(filter(is_float, map(jnp.asarray, jax.tree.leaves(tree)))):
+    for number, leaf in enumerate(filter(is_inexact, map(jnp.asarray, jax.tree.leaves(tree)))):
         weights = np.cos(np.arange(leaf.size) + number).reshape(leaf.shape)
         weighted = jnp.sin(leaf) * weights.astype(leaf.real.dtype)
         total += jnp.sum(weighted.real + 2 * weighted.imag).astype(total.dtype)
@@ -45,15 +42,12 @@ def scalar_of(tree):
 
 def value_and_gradient(case, scan, time, operands):
     """The results, and the gradient with respect to every float among consts, init and xs."""
-    leaves, structure = jax.tree.flatten(operands)
 
-    def run(floats):
-        given = iter(floats)
-        merged = [next(given) if is_float(leaf) else leaf for leaf in leaves]
-        results = case.run(scan, structure.unflatten(merged), time)
+    def scalar_and_results(operands):
+        results = case.run(scan, operands, time)
         return scalar_of(results), results
 
-    floats = list(filter(is_float, leaves))
+    run, floats = over_floats(scalar_and_results, operands)
     return (jax.value_and_grad(run, has_aux=True) if case.reverse_mode else run)(floats)
 
 
