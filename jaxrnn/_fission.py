@@ -28,6 +28,7 @@ from jaxrnn._jaxpr import (
     size_in_bytes,
     variables,
 )
+from jaxrnn._primitives import TRIGONOMETRIC
 from jaxrnn._schedule import feeds_carries, is_a_loop, moves, schedule
 
 
@@ -122,7 +123,8 @@ def fission(
             on them enters a loop a row per step, so that a pass over the block adds up instead.
         coefficients: whether exponentials and the like, of what is known before a loop, leave it
             as well unless it holds a product. Those of a tangent stand beside shifts and sums,
-            into whose transposes XLA would copy them one by one.
+            into whose transposes XLA would copy them one by one. With a product only sines and the
+            like do that are spread over larger arrays: XLA may compute them for each element.
         in_place: whether a loop reads rows where they lie. A pass would copy them block by block,
             so that large ones, such as a matrix for each sample, are left to the loop.
 
@@ -160,6 +162,7 @@ class _Cut:
         self.coefficients = coefficients and not any(
             is_heavy(e) and is_a_loop(times[e.outvars[0]]) for e in body.equations
         )
+        self.spread = _spread(body) if coefficients else set()
         for equation in body.equations:
             self._weigh(equation)
         # What is still wanted of what has not been cut yet: a row per step, or one value for all.
@@ -264,7 +267,7 @@ class _Cut:
         # A product of two rows, as an outer one, gains nothing by a pass.
         costly = product or (is_heavy(equation) and not is_movable(equation))
         cheap = is_free(equation) or (changes and not costly)
-        leaves = product or (self.coefficients and is_transcendental(equation))
+        leaves = product or self._is_coefficient(equation)
         source = sum(self.cost.get(v, size_in_bytes(v)) for v in operands)
         for v in equation.outvars:
             full = size_in_bytes(v)
@@ -274,20 +277,27 @@ class _Cut:
             if any(u in self.accumulated for u in operands):
                 self.accumulated.add(v)
 
+    def _is_coefficient(self, equation: Equation) -> bool:
+        """Whether `equation` leaves a loop although it is no product."""
+        if self.coefficients:
+            return is_transcendental(equation)
+        return equation.primitive in TRIGONOMETRIC and equation.outvars[0] in self.spread
+
     def _repeats(self, equation: Equation) -> bool:
         """Whether to run `equation` again on the far side of a cut rather than carry its result.
 
         What makes more than it takes is repeated: a broadcast, an outer product. Other work on
         inputs is repeated too, that is, stays in the loop, unless it follows from a product. Of a
         loop's work what feeds no carry moves on to the pass that wants it, if no more bytes do.
-        What would have to be added up step by step is not repeated, but large rows of it may be.
+        What would have to be added up step by step is not repeated, but rows of it may be: to make
+        them larger in a pass took gradients of memories of 4 to 64 KiB up to 3 times as long.
         """
         results = equation.outvars
         expands = any(self.cost[v] < size_in_bytes(v) for v in results)
         in_a_pass = self._time(results[0]) % 2 == 0
         if any(v in self.accumulated for v in results):
             added_up = any(self._is_added_up(v) for v in variables(equation.invars))
-            makes_more = expands and any(map(_is_large, results))
+            makes_more = expands and max(map(size_in_bytes, results)) >= 1 << 10
             large = self.in_place and (makes_more or self._shrinks(equation))
             return in_a_pass and large and not added_up
         if in_a_pass:
@@ -328,6 +338,20 @@ class _Cut:
     def _in_order(self, wanted: Iterable[Var]) -> tuple[Var, ...]:
         """`wanted` in the order of the body, so that a plan is the same every time."""
         return tuple(sorted(set(wanted), key=self.position.__getitem__))
+
+
+def _spread(body: Program) -> set[Var]:
+    """What is repeated to make larger arrays, other than by products, at once or further on."""
+    spread: set[Var] = set()
+    for equation in reversed(body.equations):
+        if not is_heavy(equation):
+            outs = equation.outvars
+            spread |= {
+                v
+                for v in variables(equation.invars)
+                if any(out in spread or size(out) > size(v) for out in outs)
+            }
+    return spread
 
 
 def _is_large(v: Var) -> bool:

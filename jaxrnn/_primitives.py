@@ -78,12 +78,9 @@ ELEMENTWISE = frozenset(
         p.tanh_p,
     }
 )
-TRANSCENDENTAL = frozenset(
+TRIGONOMETRIC = frozenset({p.acos_p, p.asin_p, p.atan2_p, p.cos_p, p.sin_p, p.tan_p})
+TRANSCENDENTAL = TRIGONOMETRIC | frozenset(
     {
-        p.acos_p,
-        p.asin_p,
-        p.atan2_p,
-        p.cos_p,
         p.cosh_p,
         p.erf_inv_p,
         p.erf_p,
@@ -96,10 +93,8 @@ TRANSCENDENTAL = frozenset(
         p.logistic_p,
         p.pow_p,
         p.rsqrt_p,
-        p.sin_p,
         p.sinh_p,
         p.sqrt_p,
-        p.tan_p,
         p.tanh_p,
     }
 )
