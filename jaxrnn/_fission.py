@@ -9,6 +9,7 @@ value crosses a cut where it is small: what merely arranges data is repeated on 
 that carries fewer bytes. Nothing is executed here.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ from jaxrnn._jaxpr import (
     size_in_bytes,
     variables,
 )
-from jaxrnn._primitives import TRIGONOMETRIC
+from jaxrnn._primitives import SUMS, TRIGONOMETRIC
 from jaxrnn._schedule import feeds_carries, is_a_loop, moves, schedule
 
 
@@ -268,7 +269,9 @@ class _Cut:
         costly = product or (is_heavy(equation) and not is_movable(equation))
         cheap = is_free(equation) or (changes and not costly)
         leaves = product or self._is_coefficient(equation)
-        source = sum(self.cost.get(v, size_in_bytes(v)) for v in operands)
+        # What is fixed is there on the far side of a loop as well.
+        there = self.fixed - self.accumulated if is_a_loop(self._time(equation.outvars[0])) else ()
+        source = sum(self.cost.get(v, size_in_bytes(v)) for v in operands if v not in there)
         for v in equation.outvars:
             full = size_in_bytes(v)
             self.cost[v] = min(full, source) if cheap else full
@@ -288,34 +291,45 @@ class _Cut:
 
         What makes more than it takes is repeated: a broadcast, an outer product. Other work on
         inputs is repeated too, that is, stays in the loop, unless it follows from a product. Of a
-        loop's work what feeds no carry moves on to the pass that wants it, if no more bytes do.
-        What would have to be added up step by step is not repeated, but rows of it may be: to make
-        them larger in a pass took gradients of memories of 4 to 64 KiB up to 3 times as long.
+        loop's work what feeds no carry up to it moves on to what wants it, if no more bytes do.
         """
         results = equation.outvars
-        expands = any(self.cost[v] < size_in_bytes(v) for v in results)
-        in_a_pass = self._time(results[0]) % 2 == 0
+        time = self._time(results[0])
         if any(v in self.accumulated for v in results):
-            added_up = any(self._is_added_up(v) for v in variables(equation.invars))
-            makes_more = expands and max(map(size_in_bytes, results)) >= 1 << 10
-            large = self.in_place and (makes_more or self._shrinks(equation))
-            return in_a_pass and large and not added_up
-        if in_a_pass:
-            return expands or not any(v in self.heavy for v in results)
+            return time % 2 == 0 and self._is_made_in_place(equation)
+        if time % 2 == 0:
+            return self._expands(results) or not any(v in self.heavy for v in results)
         if is_free(equation):
-            return expands
-        carried = [v for v in variables(equation.invars) if self.times[v] % 2 == 1]
+            return self._expands(results)
+        carried = [v for v in variables(equation.invars) if is_a_loop(self.times[v])]
         return (
-            self._time(results[0]) > 0
+            time > 0
             and is_movable(equation)
             and not is_heavy(equation)
-            and not any(self.feeds.get(v) for v in results)
+            and not any(self.feeds.get(v, 0) & self._carries_up_to(time) for v in results)
             and sum(map(size_in_bytes, carried)) <= sum(map(size_in_bytes, results))
         )
 
-    def _is_added_up(self, v: Var) -> bool:
-        """Whether a loop that reads `v` has its cotangent to add up, step by step."""
-        return v in self.accumulated and v in self.fixed
+    def _is_made_in_place(self, equation: Equation) -> bool:
+        """Whether a loop is to make by itself what depends on consts that must not be added up.
+
+        That is, from rows: large ones, which a pass would copy, and what takes rows to make more of
+        them, with sums of that. Measured on a CPU: sums over small matrices, one for each sample,
+        for all steps at once took gradients of memories of 4 to 64 KiB up to 3 times as long.
+        """
+        operands, results = variables(equation.invars), equation.outvars
+        if not self.in_place or any(v in self.accumulated and v in self.fixed for v in operands):
+            return False
+        expands = self._expands(operands if equation.primitive in SUMS else results)
+        return self._shrinks(equation) or (expands and max(map(size_in_bytes, results)) >= 1 << 10)
+
+    def _expands(self, values: Iterable[Var]) -> bool:
+        """Whether some of `values` are large beside what they are made of."""
+        return any(self.cost.get(v, math.inf) < size_in_bytes(v) for v in values)
+
+    def _carries_up_to(self, time: int) -> int:
+        """The carries that are run by loops up to a time, as bits."""
+        return sum(1 << i for i, v in enumerate(self.carries) if self.times[v] <= time)
 
     def _shrinks(self, equation: Equation) -> bool:
         """Whether a product takes rows that are much larger than what it makes of them."""

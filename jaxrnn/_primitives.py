@@ -98,6 +98,7 @@ TRANSCENDENTAL = TRIGONOMETRIC | frozenset(
         p.tanh_p,
     }
 )
+SUMS = frozenset({p.add_p, p.add_jaxvals_p, p.sub_p})
 COMPARISONS = frozenset({p.eq_p, p.ge_p, p.gt_p, p.le_p, p.lt_p, p.ne_p})
 EXTREMES = frozenset({p.reduce_max_p, p.reduce_min_p})
 REDUCTIONS = frozenset(

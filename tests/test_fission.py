@@ -241,6 +241,28 @@ def test_matrices_for_states_are_in_no_pass():
         assert f"f32[{block},{BATCH},{units},{units}]" not in text
 
 
+def test_matrices_that_follow_from_a_counter_are_not_carried_from_loop_to_loop():
+    """As in the state space models that weigh all their past alike, solved at every step."""
+    unit, x = np.eye(UNITS, dtype=np.float32), np.ones((TIME, UNITS), np.float32)
+    w = np.tri(UNITS, dtype=np.float32)
+
+    def run(scan, w, x, **flags):
+        def body(carry, row):
+            h, n = carry
+            forward, backward = unit - w / n, unit + w / n
+            h = jnp.linalg.solve(backward, forward @ h + row / n)
+            return (h, n + 1), h
+
+        return scan(body, (x[0], jnp.ones(())), x, **flags)
+
+    program = jax.make_jaxpr(functools.partial(run, jaxrnn.scan, **SPLIT))(w, x)
+    counting, solving = (body for body in loops(program) if not list(loops(body)))
+    assert {v.aval.shape for v in counting.outvars} == {()}
+    matrices = [v for v in solving.invars if v.aval.shape == (UNITS, UNITS)]
+    assert len(matrices) == 3  # w, the unit matrix and what is factorised in a pass
+    assert_same(run(jaxrnn.scan, w, x, **SPLIT), run(lax.scan, w, x))
+
+
 def test_shifted_states_are_made_a_step_early_where_something_costly_reads_them():
     """XLA would make them within the kernel of the logarithm, number by number."""
     pad = primitive_of(lambda x: lax.pad(x, 0.0, [(1, 0, 0)]), np.ones(3))
