@@ -369,7 +369,7 @@ def _spread(body: Program) -> set[Var]:
 
 
 def _is_large(v: Var) -> bool:
-    """Whether a loop had better make or read `v` step by step than find it made for a block.
+    """Whether a loop had better read `v` step by step than a pass for a whole block.
 
     Measured on a CPU: memories of 32 KiB lost 6 % by that, and those of 256 KiB gained 10.
     """
