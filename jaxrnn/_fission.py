@@ -160,10 +160,7 @@ class _Cut:
         self.heavy: set[Var] = set()
         self.accumulated: set[Var] = set(accumulated)
         self.in_place = in_place
-        self.coefficients = coefficients and not any(
-            is_heavy(e) and is_a_loop(times[e.outvars[0]]) for e in body.equations
-        )
-        self.spread = _spread(body) if coefficients else set()
+        self.coefficients = _coefficients(body, times) if coefficients else set()
         for equation in body.equations:
             self._weigh(equation)
         # What is still wanted of what has not been cut yet: a row per step, or one value for all.
@@ -268,10 +265,12 @@ class _Cut:
         # A product of two rows, as an outer one, gains nothing by a pass.
         costly = product or (is_heavy(equation) and not is_movable(equation))
         cheap = is_free(equation) or (changes and not costly)
-        leaves = product or self._is_coefficient(equation)
+        leaves = product or not self.coefficients.isdisjoint(equation.outvars)
         # What is fixed is there on the far side of a loop as well.
-        there = self.fixed - self.accumulated if is_a_loop(self._time(equation.outvars[0])) else ()
-        source = sum(self.cost.get(v, size_in_bytes(v)) for v in operands if v not in there)
+        to_carry = operands
+        if is_a_loop(self._time(equation.outvars[0])):
+            to_carry = [v for v in operands if v not in self.fixed or v in self.accumulated]
+        source = sum(self.cost.get(v, size_in_bytes(v)) for v in to_carry)
         for v in equation.outvars:
             full = size_in_bytes(v)
             self.cost[v] = min(full, source) if cheap else full
@@ -279,12 +278,6 @@ class _Cut:
                 self.heavy.add(v)
             if any(u in self.accumulated for u in operands):
                 self.accumulated.add(v)
-
-    def _is_coefficient(self, equation: Equation) -> bool:
-        """Whether `equation` leaves a loop although it is no product."""
-        if self.coefficients:
-            return is_transcendental(equation)
-        return equation.primitive in TRIGONOMETRIC and equation.outvars[0] in self.spread
 
     def _repeats(self, equation: Equation) -> bool:
         """Whether to run `equation` again on the far side of a cut rather than carry its result.
@@ -352,6 +345,14 @@ class _Cut:
     def _in_order(self, wanted: Iterable[Var]) -> tuple[Var, ...]:
         """`wanted` in the order of the body, so that a plan is the same every time."""
         return tuple(sorted(set(wanted), key=self.position.__getitem__))
+
+
+def _coefficients(body: Program, times: dict[Var, int]) -> set[Var]:
+    """What leaves loops although no product made it, see `fission`."""
+    if not any(is_heavy(e) and is_a_loop(times[e.outvars[0]]) for e in body.equations):
+        return {v for e in body.equations if is_transcendental(e) for v in e.outvars}
+    angular = {v for e in body.equations if e.primitive in TRIGONOMETRIC for v in e.outvars}
+    return angular & _spread(body)
 
 
 def _spread(body: Program) -> set[Var]:

@@ -48,6 +48,11 @@ def loops(jaxpr: Any) -> Iterator[Any]:
             yield from inner_jaxprs(equation)
 
 
+def innermost_loops(jaxpr: Any) -> list[Any]:
+    """The bodies of the loops that hold no other loop."""
+    return [body for body in loops(jaxpr) if not list(loops(body))]
+
+
 def count(jaxpr: Any, primitive: Any) -> int:
     """Equations of a primitive, those of inner jaxprs included."""
     return sum(equation.primitive is primitive for equation, _ in equations(jaxpr))
@@ -55,7 +60,7 @@ def count(jaxpr: Any, primitive: Any) -> int:
 
 def products_in_innermost_loops(jaxpr: Any) -> list[int]:
     """For each loop that holds no other loop, the number of its products, in ascending order."""
-    return sorted(count(body, DOT) for body in loops(jaxpr) if not list(loops(body)))
+    return sorted(count(body, DOT) for body in innermost_loops(jaxpr))
 
 
 def multiply_adds(jaxpr: Any) -> int:

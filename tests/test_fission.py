@@ -15,6 +15,7 @@ from structure import (
     TIME,
     count,
     equations,
+    innermost_loops,
     loops,
     multiply_adds,
     primitive_of,
@@ -128,14 +129,14 @@ def test_products_are_rows_times_a_matrix_however_they_are_written(name):
         rows, matrix = (v.aval.ndim for v in equation.invars)
         assert matrix == 2
         assert equation.params["dimension_numbers"] == (((rows - 1,), (0,)), ((), ()))
-    innermost = [body for body in loops(forward) if not list(loops(body))]
+    innermost = innermost_loops(forward)
     assert [count(body, TRANSPOSE) for body in innermost] == [0]
 
 
 def test_gates_taken_by_index_are_rows_of_their_own():
     """XLA does not vectorise what reads a slice of the row of a step."""
     forward, _ = programs("gates_by_index", **SPLIT)
-    (step,) = [body for body in loops(forward) if not list(loops(body))]
+    (step,) = innermost_loops(forward)
     gate = (table.BATCH, 1, table.UNITS)
     read = [v.aval.shape for v in step.invars]
     assert (read.count(gate), read.count((table.BATCH, 4, table.UNITS))) == (4, 0)
@@ -210,7 +211,7 @@ def test_a_product_written_twice_runs_once_though_it_could_be_merged_with_itself
         return scan(body, h, xs, **flags)[1]
 
     split = jax.make_jaxpr(functools.partial(run, scan=jaxrnn.scan, **SPLIT))(u, h, xs)
-    (loop,) = [body for body in loops(split) if not list(loops(body))]
+    (loop,) = innermost_loops(split)
     assert multiply_adds(loop) == BATCH * UNITS * UNITS
 
 
@@ -256,7 +257,7 @@ def test_matrices_that_follow_from_a_counter_are_not_carried_from_loop_to_loop()
         return scan(body, (x[0], jnp.ones(())), x, **flags)
 
     program = jax.make_jaxpr(functools.partial(run, jaxrnn.scan, **SPLIT))(w, x)
-    counting, solving = (body for body in loops(program) if not list(loops(body)))
+    counting, solving = innermost_loops(program)
     assert {v.aval.shape for v in counting.outvars} == {()}
     matrices = [v for v in solving.invars if v.aval.shape == (UNITS, UNITS)]
     assert len(matrices) == 3  # w, the unit matrix and what is factorised in a pass
@@ -275,7 +276,7 @@ def test_shifted_states_are_made_a_step_early_where_something_costly_reads_them(
 
         w, h, xs = np.ones((FEATURES, UNITS)), np.ones((BATCH, UNITS)), np.ones((TIME, BATCH, 5))
         program = jax.make_jaxpr(lambda h, xs: jaxrnn.scan(step, h, xs, **SPLIT))(h, xs)
-        (loop,) = [loop for loop in loops(program) if not list(loops(loop))]
+        (loop,) = innermost_loops(program)
         shifts = {e.primitive: e.outvars[0] for e, _ in equations(loop)}
         read = {v for e, _ in equations(loop) for v in e.invars if not hasattr(v, "val")}
         return [shifts[primitive] in read for primitive in (pad, concatenate)]

@@ -15,6 +15,7 @@ from structure import (
     TIME,
     count,
     equations,
+    innermost_loops,
     loops,
     multiply_adds,
     primitive_of,
@@ -176,7 +177,7 @@ def test_what_a_product_is_scaled_by_is_not_computed_again_in_the_loop():
 
     cosine = primitive_of(jnp.cos, 0.0)
     gradient = jax.make_jaxpr(jax.grad(lambda w: jnp.sum(run(w, state, xs)[1])))(w)
-    innermost = [body for body in loops(gradient) if not list(loops(body))]
+    innermost = innermost_loops(gradient)
     assert [count(body, cosine) for body in innermost] == [0] * len(innermost)
 
 
@@ -217,8 +218,7 @@ def test_the_weight_gradient_is_contracted_over_whole_blocks():
     def kernels_in_innermost_loops(program):
         return [
             e.outvars[0].aval.shape
-            for body in loops(program)
-            if not list(loops(body))
+            for body in innermost_loops(program)
             for e, _ in equations(body)
             if e.outvars and e.outvars[0].aval.shape in kernels
         ]
@@ -262,7 +262,7 @@ def test_rows_of_a_memory_are_made_in_the_loop_of_its_gradient():
     ]
     assert sums_in_passes == [(1, units, units)]  # that of the decay
     # Nor is an angle's cosine computed for each number of a memory.
-    innermost = [body for body in loops(program) if not list(loops(body))]
+    innermost = innermost_loops(program)
     assert [count(body, COS) > 0 for body in innermost] == [True, False]
     assert_same(in_one_block(*operands), gradient(lax.scan)(*operands))
 
@@ -287,6 +287,6 @@ def test_exponentials_of_a_product_free_gradient_are_in_no_loop():
         return jax.grad(lambda *a: sum_of_sines(run(scan, *a, **flags)), (0, 1, 2))
 
     program = jax.make_jaxpr(gradient(jaxrnn.scan, **SPLIT))(w, state, xs)
-    innermost = [body for body in loops(program) if not list(loops(body))]
+    innermost = innermost_loops(program)
     assert [count(body, EXP) > 0 for body in innermost] == [True, False]
     assert_same(gradient(jaxrnn.scan, **SPLIT)(w, state, xs), gradient(lax.scan)(w, state, xs))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import assert_same
 from jax import lax
-from structure import DOT, count, loops, products_in_innermost_loops
+from structure import DOT, count, innermost_loops, loops, products_in_innermost_loops
 
 import jaxrnn
 from jaxrnn import _passes
@@ -94,11 +94,7 @@ def loss(scan, make, p, init, xs):
 
 def carries(jaxpr):
     """The shapes of what the innermost loops carry, of what has an axis."""
-    return [
-        {v.aval.shape for v in body.outvars if v.aval.shape}
-        for body in loops(jaxpr)
-        if not list(loops(body))
-    ]
+    return [{v.aval.shape for v in body.outvars if v.aval.shape} for body in innermost_loops(jaxpr)]
 
 
 def is_laid_so(make, samples, units, function=results, scan=jaxrnn.scan, features=8):
