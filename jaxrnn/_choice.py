@@ -10,15 +10,17 @@ import jax
 from jaxrnn import _placement as placement
 from jaxrnn._block import Steps
 from jaxrnn._columns import MisfitError
-from jaxrnn._fission import Plan
+from jaxrnn._fission import Plan, shrinks
 from jaxrnn._gains import MANY_TERMS, terms
 from jaxrnn._jaxpr import (
     Atom,
     Equation,
     Var,
+    hides_product,
     is_free,
     is_heavy,
     is_movable,
+    is_transcendental,
     multiply_adds,
     shape,
     size,
@@ -26,27 +28,28 @@ from jaxrnn._jaxpr import (
     variables,
 )
 from jaxrnn._kernel import SAMPLES, recipe
-from jaxrnn._primitives import FACTORISATIONS, WRITES, conv_general_dilated_p, lu_p
+from jaxrnn._primitives import FACTORISATIONS, WRITES, conv_general_dilated_p, lu_p, transpose_p
 
 # What a loop makes: results alone, results and what a tangent needs, or a tangent.
 Kind = Literal["results", "keeps", "tangent"]
 
 
-def is_worthwhile(plan: Plan) -> bool:
+def is_worthwhile(plan: Plan, time: int, chunk: int | str | None) -> bool:
     """Whether what can be moved is enough to pay for the passes over blocks.
 
     Measured on a CPU: a GRU of 4 units lost, one of 16 did not. The derivative of an
     eigendecomposition or the like decomposes once more, from whatever is kept: with more than 8
-    rows gradients took 1.1 to 2 times as long. A cache that each step writes a part of is kept
-    whole for the gradient: from 256 KiB on, with less than a multiply-add outside the loop for each
-    byte, that was all (0.94 to 1.03 times as fast, in JAX 0.12 0.77 to 0.99). On a GPU unrolling
-    gains by itself.
+    rows gradients took 1.1 to 2 times as long. A cache that each step writes a part of, and that is
+    kept whole for the gradient: from 256 KiB on, with less than a multiply-add outside the loop for
+    each byte, that was all (0.94 to 1.03 times as fast, in JAX 0.12 0.77 to 0.99). On a GPU
+    unrolling gains by itself.
     """
     if placement.gpu() is not None:
         return True
     written = [e for e in plan.body.equations if e.primitive in WRITES]
     caches = _bytes(e.outvars[0] for e in written if e.invars[0] in plan.carries)
-    if caches >= 1 << 18 and sum(map(multiply_adds, plan.in_passes)) < caches:
+    is_small = caches < 1 << 18 or sum(map(multiply_adds, plan.in_passes)) >= caches
+    if not is_small and not recomputed_block(plan, time, chunk):
         return False
     factorised = [e for e in plan.body.equations if e.primitive in FACTORISATIONS - {lu_p}]
     if any(shape(e.invars[0])[-2] > 8 for e in factorised):
@@ -180,6 +183,31 @@ def _bytes_of_block(parameters: Iterable[Var]) -> int:
     return min(max(2 << 20, _bytes(parameters) // 2), 8 << 20)
 
 
+def recomputed_block(plan: Plan, time: int, chunk: int | str | None) -> int:
+    """Timesteps per block of a gradient for which the steps of each block are run again, or 0.
+
+    Then the states between blocks are kept, as with `remat`. That is for memories that products
+    read: a matrix for each sample, or a cache. To run a step again takes little for each number of
+    these, but to keep 32 MiB and more of them takes new pages, which a C library hands back to the
+    system each time. Measured on a CPU, gradients over 128 steps of memories of 256 KiB to 1 MiB
+    were 1.05 to 1.5 times as fast in blocks of 8 MiB, in a third of the memory; those of 128 KiB
+    0.75 to 0.9 times, of 2 MiB 0.75 to 0.97 times. Nor did it pay where a step takes an exponential
+    of each number of its state, or transposes them.
+    """
+    if chunk != "auto" or not placement.is_lone_cpu() or any(map(hides_product, plan.in_loops)):
+        return 0
+    equations, pairs = plan.body.equations, zip(plan.carries, plan.body.outvars, strict=False)
+    kept = _bytes(old for old, new in pairs if new is not old)
+    if time * kept < 32 << 20 or kept >= 2 << 20 or sum(map(multiply_adds, equations)) > 8 * kept:
+        return 0
+    read = {v for e in equations for v in variables(e.invars) if shrinks(e, v)}
+    memory = _largest(v for v in read if plan.times[v] != -1)
+    slow = [e for e in equations if is_transcendental(e) or e.primitive is transpose_p]
+    if 4 * memory < kept or 4 * _largest(v for e in slow for v in e.outvars) >= kept:
+        return 0
+    return _near_divisor(time, (8 << 20) // kept)
+
+
 def reads_in_place(steps: Steps) -> bool:
     """Whether a tangent's loops read what is kept where it lies, and not block by block.
 
@@ -243,6 +271,27 @@ def tangent_block(plan: Plan, steps: Steps, block: int) -> int:
     made = _largest(v for e in passes for v in variables(e.outvars))
     target = _bytes_of_block(v for v in plan.body.invars if v in plan.accumulated)
     return _near_divisor(block, max(1, target * jax.device_count() // max(made, 1)))
+
+
+def tangent_unroll(plan: Plan, steps: Steps) -> int | bool:
+    """Steps per iteration of a tangent's loops.
+
+    A gradient scales a memory at the end of a step and adds to it at the start of the next one: XLA
+    makes one pass over it of both if they are in one iteration. Measured on a CPU, with memories of
+    256 KiB and more in all: retention, matrix LSTM, delta rule and fast weights were 1.0 to 1.25
+    times as fast in two steps per iteration. With one sample or 64 KiB it was 0.6 to 1.2 times, and
+    without products 0.8 to 1.0 times.
+    """
+    if not steps.adapts or steps.unroll is True or steps.unroll > 1 or _samples(plan) == 1:
+        return steps.unroll
+    memories = (
+        v
+        for loop in plan.loops
+        for e in loop.program.equations
+        for v in variables(e.invars)
+        if shrinks(e, v) and v not in loop.consts and v not in loop.xs
+    )
+    return 2 if _largest(memories) >= 1 << 18 else 1
 
 
 def samples_last(

@@ -12,7 +12,7 @@ from jax import lax
 from jaxrnn import _jaxpr, _rnn
 from jaxrnn._arguments import Step
 from jaxrnn._block import Steps, run_plain, time_first
-from jaxrnn._choice import block_length, results_block, steps_of
+from jaxrnn._choice import block_length, recomputed_block, results_block, steps_of
 from jaxrnn._fission import Plan
 from jaxrnn._gains import only_for_gradients
 from jaxrnn._jaxpr import Equation, Program, Traced
@@ -81,22 +81,25 @@ def _report(
         why = "it was asked for" if method == "lax" else "the time axis is symbolic"
         return [f"plain lax.scan over {time} steps: {why}"]
     found = trace_body(body, init, xs, method)
-    split = None if found is None else split_body(*found, method)
+    split = None if found is None else split_body(*found, method, time, chunk)
     if found is None or split is None:
         return [
             f"plain lax.scan over {time} steps: the step has effects, or no product worth moving"
         ]
     block = block_length(chunk, remat, time, split.plan, split.fused)
     steps = steps_of(time, reverse, unroll, chunk, split.plan, split.fused)
+    results = None if remat else results_block(split.plan, steps, block)
+    again = 0 if remat or split.fused else recomputed_block(split.plan, time, chunk)
+    if again:
+        block, remat = again, True
     kept = " (rematerialised)" if remat else ""
     how = "fused" if split.fused else "sequential"
     lines = [f'method "{how}" over {time} steps, in blocks of {block}{kept}']
-    results = results_block(split.plan, steps, block)
-    if not remat and in_one_loop(split.plan, steps) is not None:
+    if results and in_one_loop(split.plan, steps) is not None:
         lines.append("for gradients; results come from one loop, with the samples on the last axis")
-    elif only_for_gradients(split.plan, chunk, remat, method):
+    elif results and only_for_gradients(split.plan, chunk, False, method):
         lines.append("for gradients; results alone come from plain lax.scan, just as soon")
-    elif not remat and results != block:
+    elif results and (again or results != block):
         lines.append(f"for gradients; results in blocks of {results}")
     lines += _section("once, from parameters alone", split.plan.invariant)
     for i, stage in enumerate(split.plan.stages):

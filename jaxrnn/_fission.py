@@ -326,10 +326,8 @@ class _Cut:
 
     def _shrinks(self, equation: Equation) -> bool:
         """Whether a product takes rows that are much larger than what it makes of them."""
-        if not (self.in_place and multiply_adds(equation)):
-            return False
         rows = [v for v in variables(equation.invars) if v not in self.fixed and _is_large(v)]
-        return any(size(v) >= 16 * size(equation.outvars[0]) for v in rows)
+        return self.in_place and any(shrinks(equation, v) for v in rows)
 
     def _is_const(self, v: Var) -> bool:
         """Whether a loop takes `v` as it is; a matrix is cheaper added up than stored per step."""
@@ -345,6 +343,11 @@ class _Cut:
     def _in_order(self, wanted: Iterable[Var]) -> tuple[Var, ...]:
         """`wanted` in the order of the body, so that a plan is the same every time."""
         return tuple(sorted(set(wanted), key=self.position.__getitem__))
+
+
+def shrinks(equation: Equation, v: Var) -> bool:
+    """Whether `equation` is a product that makes far less of `v` than it is, as of a memory."""
+    return multiply_adds(equation) > 0 and size(v) >= 16 * size(equation.outvars[0])
 
 
 def _coefficients(body: Program, times: dict[Var, int]) -> set[Var]:

@@ -11,7 +11,7 @@ that are written once, where they stay.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -42,11 +42,12 @@ from jaxrnn._jaxpr import (
     trace,
     variables,
 )
-from jaxrnn._residuals import residuals, symbolic_zero
+from jaxrnn._residuals import is_moving, residuals, symbolic_zero
 from jaxrnn._samples_last import in_one_loop
 from jaxrnn._tangent import Tangent
 
 Array = jax.Array
+Results = tuple[list[Array], list[Array]]
 
 
 def run_split(
@@ -73,6 +74,36 @@ def run_split(
     if hidden or remat:
         return over_blocks(run, list(carry), list(map(time_first, xs, axes)), steps, block, remat)
     return _run(program, values, carry, xs, axes, steps, block)
+
+
+def run_with_derivative_of(
+    other: Callable[..., Results], run: Callable[..., Results], operands: Sequence[list[Array]]
+) -> Results:
+    """`run(*operands)`, differentiated as `other(*operands)`, which gives the same."""
+
+    @jax.custom_jvp
+    def results(*operands: list[Array]) -> Results:
+        return run(*operands)
+
+    def rule(primals: Any, tangents: Any) -> Any:
+        values, tree = jax.tree.flatten(primals)
+        slopes = jax.tree.leaves(tangents)
+        moving = [i for i, slope in enumerate(slopes) if is_moving(slope)]
+
+        def of(*moved: Array) -> Results:
+            given = dict(zip(moving, moved, strict=True))
+            every = [given.get(i, value) for i, value in enumerate(values)]
+            return other(*jax.tree.unflatten(tree, every))
+
+        outs, made = jax.jvp(of, [values[i] for i in moving], [slopes[i] for i in moving])
+        return outs, jax.tree.map(_as_symbolic, outs, made)
+
+    results.defjvp(rule, symbolic_zeros=True)
+    return results(*operands)
+
+
+def _as_symbolic(primal: Array, tangent: Any) -> Any:
+    return symbolic_zero(primal) if tangent.dtype == jax.dtypes.float0 else tangent
 
 
 def _varying(plan: Plan) -> tuple[list[Var], Program]:

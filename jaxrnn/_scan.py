@@ -16,6 +16,7 @@ from jaxrnn._choice import (
     fits_kernel,
     is_worthwhile,
     kernels_pay,
+    recomputed_block,
     steps_of,
 )
 from jaxrnn._eager import is_jit_disabled, run_compiled
@@ -29,12 +30,10 @@ from jaxrnn._jaxpr import (
     is_of_another_width,
     is_weak,
     kind,
-    parts,
     trace,
     weak_as,
 )
-from jaxrnn._recurrence import run_split
-from jaxrnn._residuals import is_moving, symbolic_zero
+from jaxrnn._recurrence import Results, run_split, run_with_derivative_of
 from jaxrnn._samples_last import in_one_loop
 from jaxrnn._shared import share
 from jaxrnn._vmapped import scan_samples
@@ -163,11 +162,11 @@ def scan_along(
                 f, init, xs, axes, time, reverse, unroll, chunk=chunk, remat=remat, method=method
             )
 
-        is_kernel = functools.partial(_is_kernel, body, method)
+        is_kernel = functools.partial(_is_kernel, body, method, time, chunk)
         outs = scan_samples(traced.program, traced.consts, first, lying, axes, is_kernel, again)
         if outs is not None:
             return _as_traced(outs, traced)
-    split = None if body is None else split_body(*body, method)
+    split = None if body is None else split_body(*body, method, time, chunk)
     if split is None and (not remat or _has_effects(f, init, xs)):
         return lax.scan(f, init, xs, length, reverse, unroll)
 
@@ -179,15 +178,29 @@ def scan_along(
 
         return over_blocks(run_plainly, init, xs, steps, block, remat)
 
-    block = block_length(chunk, remat, time, split.plan, split.fused)
-    steps = steps_of(time, reverse, unroll, chunk, split.plan, split.fused)
-    only = only_for_gradients(split.plan, chunk, remat, method)
-    if only and in_one_loop(split.plan, steps) is None:
-        carry, ys = _run_for_gradients(split, lying, axes, steps, block)
+    plan = split.plan
+    block = block_length(chunk, remat, time, plan, split.fused)
+    steps = steps_of(time, reverse, unroll, chunk, plan, split.fused)
+    recomputed = 0 if remat or split.fused else recomputed_block(plan, time, chunk)
+
+    def run(
+        block: int, remat: bool, consts: list[Any], carry: list[Array], xs: list[Array]
+    ) -> Results:
+        return run_split(plan, consts, carry, xs, axes, steps, block, remat)
+
+    def run_whole(consts: list[Any], carry: list[Array], xs: list[Array]) -> Results:
+        program, before = split.traced.program, consts[len(consts) - len(split.traced.consts) :]
+        return run_plain(program, before, carry, list(map(time_first, xs, axes)), steps)
+
+    results: Callable[..., Results] = functools.partial(run, block, remat)
+    derivative = functools.partial(run, recomputed, True) if recomputed else results
+    if only_for_gradients(plan, chunk, remat, method) and in_one_loop(plan, steps) is None:
+        results = run_whole
+    operands = list(split.consts), list(split.carry), lying
+    if results is derivative:
+        carry, ys = results(*operands)
     else:
-        carry, ys = run_split(
-            split.plan, split.consts, split.carry, lying, axes, steps, block, remat
-        )
+        carry, ys = run_with_derivative_of(derivative, results, operands)
     return _as_traced([*carry, *ys], split.traced)
 
 
@@ -220,42 +233,6 @@ class Split(NamedTuple):
     carry: list[Any]
     traced: Traced
     fused: bool
-
-
-def _run_for_gradients(
-    split: Split, xs: list[Array], axes: list[int], steps: Steps, block: int
-) -> tuple[list[Array], list[Array]]:
-    """`lax.scan` over the body as a whole, and `run_split` as soon as a derivative is taken."""
-
-    @jax.custom_jvp
-    def run(
-        consts: list[Any], carry: list[Array], xs: list[Array]
-    ) -> tuple[list[Array], list[Array]]:
-        before = consts[len(consts) - len(split.traced.consts) :]
-        rows = list(map(time_first, xs, axes))
-        return run_plain(split.traced.program, before, carry, rows, steps)
-
-    def rule(primals: Any, tangents: Any) -> Any:
-        values, tree = jax.tree.flatten(primals)
-        slopes = jax.tree.leaves(tangents)
-        moving = [i for i, slope in enumerate(slopes) if is_moving(slope)]
-
-        def of(*moved: Array) -> list[Array]:
-            given = dict(zip(moving, moved, strict=True))
-            every = [given.get(i, value) for i, value in enumerate(values)]
-            consts, carry, xs = jax.tree.unflatten(tree, every)
-            last, ys = run_split(split.plan, consts, carry, xs, axes, steps, block, False)
-            return [*last, *ys]
-
-        outs, made = jax.jvp(of, [values[i] for i in moving], [slopes[i] for i in moving])
-        made = [
-            symbolic_zero(out) if slope.dtype == jax.dtypes.float0 else slope
-            for out, slope in zip(outs, made, strict=True)
-        ]
-        return tuple(tuple(parts(each, len(split.carry))) for each in (outs, made))
-
-    run.defjvp(rule, symbolic_zeros=True)
-    return run(list(split.consts), list(split.carry), xs)
 
 
 def trace_body(
@@ -306,7 +283,14 @@ def trace_body(
     return traced, carry, x
 
 
-def split_body(traced: Traced, carry: list[Array], x: list[Any], method: str) -> Split | None:
+def split_body(
+    traced: Traced,
+    carry: list[Array],
+    x: list[Any],
+    method: str,
+    time: int,
+    chunk: int | str | None,
+) -> Split | None:
     """A body, from `trace_body`, after fission, or None where the engine stands aside."""
     traced = share(traced, [*carry, *x])
     has_product = any(is_heavy(e) and is_movable(e) for e in traced.program.equations)
@@ -317,17 +301,19 @@ def split_body(traced: Traced, carry: list[Array], x: list[Any], method: str) ->
     consts = (*body.consts, *traced.consts)
     plan = fission(body.program, len(consts), len(carry))
     fused = fits_kernel(plan, method)
-    if method == "auto" and not fused and not is_worthwhile(plan):
+    if method == "auto" and not fused and not is_worthwhile(plan, time, chunk):
         return None
     return Split(plan, consts, carry, traced, fused)
 
 
-def _is_kernel(body: tuple[Traced, list[Array], list[Any]], method: str) -> bool:
+def _is_kernel(
+    body: tuple[Traced, list[Array], list[Any]], method: str, time: int, chunk: int | str | None
+) -> bool:
     """Whether a body, from `trace_body`, runs as kernels as it is."""
     if not kernels_pay(method):
         return False
     try:
-        split = split_body(*body, method)
+        split = split_body(*body, method, time, chunk)
     except ValueError:
         return False
     return split is not None and split.fused

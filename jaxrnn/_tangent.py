@@ -19,7 +19,7 @@ from jaxrnn._block import (
     run_invariant,
     time_first,
 )
-from jaxrnn._choice import reads_in_place, tangent_block
+from jaxrnn._choice import reads_in_place, tangent_block, tangent_unroll
 from jaxrnn._columns import MisfitError
 from jaxrnn._fission import Loop, Plan, fission
 from jaxrnn._fused import run_fused
@@ -128,6 +128,7 @@ class Tangent:
             in_place=in_place,
         )
         block = tangent_block(plan, steps, block)
+        steps = steps._replace(unroll=tangent_unroll(plan, steps))
         plan = in_loops(plan, steps)
         linear = dependents(body.program, inputs[start:stop])
         for stage in plan.stages:

@@ -13,6 +13,29 @@ from structure import DOT, SCAN, equations, loops, products_in_innermost_loops
 import jaxrnn
 
 BATCH, TIME, FEATURES, UNITS = 3, 8, 5, 16
+SCANS = jaxrnn.scan, lax.scan
+
+
+def memories(update, samples=4, units=256, time=34):
+    """A matrix for each sample, 1 MiB in all, that a step updates and reads by a vector."""
+
+    def run(scan, w, memory, xs, **flags):
+        def step(carry, x):
+            memory, count = carry
+            q, k, v = jnp.split(x @ w, 3, axis=-1)
+            memory = update(memory) + k[:, :, None] * v[:, None, :]
+            return (memory, count + 1), (jnp.einsum("bk,bkv->bv", q, memory), count)
+
+        (memory, _), (outputs, counts) = scan(step, (memory, 0), xs, **flags)
+        return memory, outputs, counts
+
+    rng = np.random.default_rng(0)
+    shapes = (3, 3 * units), (samples, units, units), (time, samples, 3)
+    return run, [np.asarray(rng.uniform(-0.5, 0.5, shape), np.float32) for shape in shapes]
+
+
+def decay(memory):
+    return 0.9 * memory
 
 
 @pytest.mark.parametrize("units", [4, 64])
@@ -133,6 +156,63 @@ def test_blocks_are_short_where_passes_go_over_rows_like_a_large_state(n, time, 
     assert blocks_of_the_gradient(linear_attention, memory, xs) == blocks
 
 
+@pytest.mark.parametrize(
+    ("update", "sizes", "flags", "share"),
+    [
+        (decay, {}, {}, 1 / 8),  # in blocks of 8 steps
+        (decay, {"units": 128, "time": 256}, {}, 1 / 32),
+        (decay, {"units": 128}, {}, 1),  # 8 MiB in all
+        (decay, {"samples": 16}, {}, 1),  # 4 MiB at each step
+        (decay, {}, {"chunk": 8}, 1),
+        (jnp.sin, {}, {}, 1),
+        (lambda memory: 0.9 * jnp.swapaxes(memory, 1, 2), {}, {}, 1),
+    ],
+)
+def test_large_memories_are_kept_between_blocks_alone(update, sizes, flags, share):
+    """Unless they take little, or to run a step again takes much."""
+    run, operands = memories(update, **sizes)
+
+    def backward(*operands):
+        return jax.vjp(functools.partial(run, jaxrnn.scan, **flags), *operands)[1]
+
+    kept = sum(4 * leaf.size for leaf in jax.tree.leaves(jax.eval_shape(backward, *operands)))
+    whole = len(operands[2]) * operands[1].nbytes
+    assert 0.9 * share <= kept / whole <= 1.3 * share
+
+
+def test_memories_that_are_kept_between_blocks_have_every_derivative():
+    """34 steps are four blocks of 8 and two; a count has no derivative."""
+    run, operands = memories(decay)
+    moves = [operand[::-1] for operand in operands]
+
+    def derivatives(scan):
+        def loss(*operands):
+            memory, outputs, _ = run(scan, *operands)
+            return scalar_of((memory[:, :2], outputs))
+
+        gradient = jax.grad(loss, (0, 1, 2))
+        values = run(scan, *operands)
+        _, moved = jax.jvp(lambda *a: run(scan, *a)[:2], operands, moves)
+        return values, moved, jax.jvp(gradient, operands, moves)
+
+    ours, plain = (jax.jit(functools.partial(derivatives, scan))() for scan in SCANS)
+    assert_same(ours, plain, scale=10)
+
+
+@pytest.mark.parametrize(("samples", "units", "together"), [(4, 128, 2), (1, 256, 1), (2, 128, 1)])
+def test_gradients_of_large_memories_take_two_steps_per_iteration(samples, units, together):
+    """Where several samples have 256 KiB of them."""
+    run, operands = memories(decay, samples, units)
+    gradient = jax.grad(lambda *a: scalar_of(run(jaxrnn.scan, *a)[1]))
+    program = jax.make_jaxpr(gradient)(*operands)
+    innermost = [
+        e.params["unroll"]
+        for e, _ in equations(program)
+        if e.primitive is SCAN and not list(loops(e.params["jaxpr"]))
+    ]
+    assert innermost == [1, together]
+
+
 def test_a_state_that_is_passed_through_shortens_no_blocks():
     def reader(carry, x):
         h, table = carry
@@ -145,13 +225,17 @@ def test_a_state_that_is_passed_through_shortens_no_blocks():
 
 @pytest.mark.parametrize("write", ["slice", "scatter"])
 @pytest.mark.parametrize(
-    ("samples", "features", "left_alone"), [(8, 32, True), (8, 512, False), (4, 32, False)]
+    ("time", "samples", "features", "left_alone"),
+    [(8, 8, 32, True), (8, 8, 512, False), (8, 4, 32, False), (128, 8, 32, False)],
 )
 def test_a_large_cache_is_left_alone_unless_much_leaves_the_loop(
-    samples, features, left_alone, write
+    time, samples, features, left_alone, write
 ):
-    """To keep it whole for the gradient takes longer than all that is gained beside it."""
-    w, xs = np.ones((features, 64), np.float32), np.ones((TIME, samples, features), np.float32)
+    """To keep it whole for the gradient takes longer than all that is gained beside it.
+
+    Of many steps it is not kept.
+    """
+    w, xs = np.ones((features, 64), np.float32), np.ones((time, samples, features), np.float32)
 
     def products(scan):
         def step(carry, x):
