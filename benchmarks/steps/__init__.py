@@ -55,8 +55,8 @@ STEPS = (
     Step("GRU, tokens to logits", gated.logits, (MEDIUM,)),
     Step("LSTM over tokens", gated.embedding, (MEDIUM,)),
     Step("dropout key in state", other.dropout, (MEDIUM,)),
-    Step("fast weights", memories.fast_weights, (Size(8, 128, 64, 32),)),
-    Step("delta rule", memories.delta_rule, (Size(8, 128, 64, 32),)),
+    Step("fast weights", memories.fast_weights, (Size(8, 128, 64, 32), Size(8, 128, 64, 128))),
+    Step("delta rule", memories.delta_rule, (Size(8, 128, 64, 32), Size(16, 128, 64, 64))),
     Step("matrix LSTM", memories.matrix_lstm, (Size(16, 128, 64, 128),)),
     Step("retention", memories.retention, (Size(1, 128, 64, 64), Size(16, 128, 64, 128))),
     Step(
