@@ -189,10 +189,10 @@ def recomputed_block(plan: Plan, time: int, chunk: int | str | None) -> int:
     Then the states between blocks are kept, as with `remat`. That is for memories that products
     read: a matrix for each sample, or a cache. To run a step again takes little for each number of
     these, but to keep 32 MiB and more of them takes new pages, which a C library hands back to the
-    system each time. Measured on a CPU, gradients over 128 steps of memories of 256 KiB to 1 MiB
-    were 1.05 to 1.5 times as fast in blocks of 8 MiB, in a third of the memory; those of 128 KiB
-    0.75 to 0.9 times, of 2 MiB 0.75 to 0.97 times. Nor did it pay where a step takes an exponential
-    of each number of its state, or transposes them.
+    system each time. Measured on a CPU, gradients of memories of 32 KiB to 1 MiB over 128 to 4096
+    steps were 0.95 to 1.5 times as fast in blocks of 8 MiB, in a tenth to a third of the memory;
+    with 16 MiB in all 0.75 to 0.9 times, with 2 MiB at each step 0.75 to 0.97 times. Nor did it pay
+    where a step takes an exponential of each number of its state, or transposes them.
     """
     if chunk != "auto" or not placement.is_lone_cpu() or any(map(hides_product, plan.in_loops)):
         return 0
