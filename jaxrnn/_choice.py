@@ -155,9 +155,7 @@ def block_length(
     per_step = _bytes_of_passes(plan)
     if over_states or placement.gpu() is not None:
         # That counts where these are more than the passes make, as with a matrix for a state.
-        pairs = zip(plan.carries, plan.body.outvars, strict=False)
-        states = _bytes(old for old, new in pairs if new is not old)
-        per_step += 2 * max(states - per_step, 0)
+        per_step += 2 * max(_bytes_of_states(plan) - per_step, 0)
     devices = jax.device_count()
     per_step //= devices  # as if split over all
     if placement.gpu() is not None:
@@ -196,8 +194,7 @@ def recomputed_block(plan: Plan, time: int, chunk: int | str | None) -> int:
     """
     if chunk != "auto" or not placement.is_lone_cpu() or any(map(hides_product, plan.in_loops)):
         return 0
-    equations, pairs = plan.body.equations, zip(plan.carries, plan.body.outvars, strict=False)
-    kept = _bytes(old for old, new in pairs if new is not old)
+    equations, kept = plan.body.equations, _bytes_of_states(plan)
     if time * kept < 32 << 20 or kept >= 2 << 20 or sum(map(multiply_adds, equations)) > 8 * kept:
         return 0
     read = {v for e in equations for v in variables(e.invars) if shrinks(e, v)}
@@ -336,6 +333,12 @@ def samples_last(
 
 def _largest(values: Iterable[Var]) -> int:
     return max(map(size_in_bytes, values), default=0)
+
+
+def _bytes_of_states(plan: Plan) -> int:
+    """The bytes of the carries that a step changes."""
+    pairs = zip(plan.carries, plan.body.outvars, strict=False)
+    return _bytes(old for old, new in pairs if new is not old)
 
 
 def _bytes_of_passes(plan: Plan) -> int:
