@@ -49,7 +49,7 @@ def is_worthwhile(plan: Plan, time: int, chunk: int | str | None) -> bool:
     written = [e for e in plan.body.equations if e.primitive in WRITES]
     caches = _bytes(e.outvars[0] for e in written if e.invars[0] in plan.carries)
     is_small = caches < 1 << 18 or sum(map(multiply_adds, plan.in_passes)) >= caches
-    if not is_small and not recomputed_block(plan, time, chunk):
+    if not is_small and not recomputed_block(plan, time, chunk, remat=False, fused=False):
         return False
     factorised = [e for e in plan.body.equations if e.primitive in FACTORISATIONS - {lu_p}]
     if any(shape(e.invars[0])[-2] > 8 for e in factorised):
@@ -181,8 +181,10 @@ def _bytes_of_block(parameters: Iterable[Var]) -> int:
     return min(max(2 << 20, _bytes(parameters) // 2), 8 << 20)
 
 
-def recomputed_block(plan: Plan, time: int, chunk: int | str | None) -> int:
-    """Timesteps per block of a gradient for which the steps of each block are run again, or 0.
+def recomputed_block(
+    plan: Plan, time: int, chunk: int | str | None, remat: bool, fused: bool
+) -> int:
+    """Timesteps per block of a gradient that runs the steps of each block again unasked, or 0.
 
     Then the states between blocks are kept, as with `remat`. That is for memories that products
     read: a matrix for each sample, or a cache. To run a step again takes little for each number of
@@ -192,7 +194,9 @@ def recomputed_block(plan: Plan, time: int, chunk: int | str | None) -> int:
     with 16 MiB in all 0.75 to 0.9 times, with 2 MiB at each step 0.75 to 0.97 times. Nor did it pay
     where a step takes an exponential of each number of its state, or transposes them.
     """
-    if chunk != "auto" or not placement.is_lone_cpu() or any(map(hides_product, plan.in_loops)):
+    if remat or fused or chunk != "auto" or not placement.is_lone_cpu():
+        return 0
+    if any(map(hides_product, plan.in_loops)):
         return 0
     equations, kept = plan.body.equations, _bytes_of_states(plan)
     if time * kept < 32 << 20 or kept >= 2 << 20 or sum(map(multiply_adds, equations)) > 8 * kept:

@@ -89,7 +89,7 @@ def _report(
     block = block_length(chunk, remat, time, split.plan, split.fused)
     steps = steps_of(time, reverse, unroll, chunk, split.plan, split.fused)
     results = None if remat else results_block(split.plan, steps, block)
-    again = 0 if remat or split.fused else recomputed_block(split.plan, time, chunk)
+    again = recomputed_block(split.plan, time, chunk, remat, split.fused)
     if again:
         block, remat = again, True
     kept = " (rematerialised)" if remat else ""

@@ -105,6 +105,20 @@ class _Options(NamedTuple):
     method: str
 
 
+class Split(NamedTuple):
+    """A body after fission: the plan, what it closes over, and the first carry, flat.
+
+    `traced` is the body before fission, `program(*traced.consts, *carry, *x)`; `fused` says whether
+    its recurrences are run as kernels.
+    """
+
+    plan: Plan
+    consts: tuple[Any, ...]
+    carry: list[Any]
+    traced: Traced
+    fused: bool
+
+
 def _scan(f: Body, options: _Options, operands: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
     init, xs = operands
     length, reverse, unroll, chunk, remat, method = options
@@ -179,11 +193,14 @@ def scan_along(
             return steps.scan(f, carry, xs)
 
         return over_blocks(run_plainly, init, xs, steps, block, remat)
+    return _run(split, lying, axes, _Options(time, reverse, unroll, chunk, remat, method))
 
-    plan = split.plan
+
+def _run(split: Split, xs: list[Array], axes: list[int], options: _Options) -> PyTree:
+    """The last carry and ys of a split body, with time of xs on `axes`."""
+    plan, (time, reverse, unroll, chunk, remat, method) = split.plan, options
     block = block_length(chunk, remat, time, plan, split.fused)
     steps = steps_of(time, reverse, unroll, chunk, plan, split.fused)
-    recomputed = 0 if remat or split.fused else recomputed_block(plan, time, chunk)
 
     def run(
         block: int, remat: bool, consts: list[Any], carry: list[Array], xs: list[Array]
@@ -195,10 +212,12 @@ def scan_along(
         return run_plain(program, before, carry, list(map(time_first, xs, axes)), steps)
 
     results: Callable[..., Results] = functools.partial(run, block, remat)
-    derivative = functools.partial(run, recomputed, True) if recomputed else results
+    derivative = results
+    if recomputed := recomputed_block(plan, time, chunk, remat, split.fused):
+        derivative = functools.partial(run, recomputed, True)
     if only_for_gradients(plan, chunk, remat, method) and in_one_loop(plan, steps) is None:
         results = run_whole
-    operands = list(split.consts), list(split.carry), lying
+    operands = list(split.consts), list(split.carry), xs
     if results is derivative:
         carry, ys = results(*operands)
     else:
@@ -221,20 +240,6 @@ def _first_row(xs: PyTree) -> PyTree:
     leaves, tree = jax.tree.flatten(xs)
     rows = trace(lambda *leaves: [leaf[0] for leaf in leaves], *leaves).program.outvars
     return jax.tree.unflatten(tree, [row.aval for row in rows])
-
-
-class Split(NamedTuple):
-    """A body after fission: the plan, what it closes over, and the first carry, flat.
-
-    `traced` is the body before fission, `program(*traced.consts, *carry, *x)`; `fused` says whether
-    its recurrences are run as kernels.
-    """
-
-    plan: Plan
-    consts: tuple[Any, ...]
-    carry: list[Any]
-    traced: Traced
-    fused: bool
 
 
 def trace_body(
