@@ -139,7 +139,7 @@ def _columns_together(program: Program, accumulated: frozenset[Var]) -> dict[Var
 
 def _is_wide(matrix: Array, over: Sequence[int], together: int) -> bool:
     """Whether a matrix has many columns, and with its likes more than rows, which are on `over`."""
-    if matrix.ndim != 2:
+    if matrix.ndim != 2 or len(over) != 1:
         return False
-    rows, columns = matrix.shape[over[0]], matrix.shape[1 - over[0]]
-    return columns >= WIDE and together > rows
+    (axis,) = over
+    return matrix.shape[1 - axis] >= WIDE and together > matrix.shape[axis]

@@ -275,6 +275,24 @@ def products_with_a_number(p):
 
 
 @body(
+    consts=lambda d: {"u": d(UNITS, UNITS), "v": d(2, 128)},
+    init=state(),
+    xs=lambda d: (d.rows(), d.rows(BATCH, 2, 128)),
+)
+def products_over_no_axis_and_over_all(p):
+    """A number of each step times a matrix, and a matrix contracted as a whole with the input's."""
+
+    def f(h, x):
+        scale, x = x
+        scaled = jnp.tensordot(scale, p["u"], 0)
+        z = jnp.einsum("bij,ij->b", x, p["v"])[:, None] + scaled.sum(0)
+        h = jnp.tanh(z + h @ p["u"])
+        return h, scaled
+
+    return f
+
+
+@body(
     consts=lambda d: {"w": d(FEATURES, 2, UNITS), "u": d(2, UNITS, 2, UNITS)},
     init=state(BATCH, 2, UNITS),
 )
