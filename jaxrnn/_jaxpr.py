@@ -249,12 +249,12 @@ def dtype(atom: Atom) -> Any:
 
 
 def kind(atom: Atom) -> tuple[Any, ...]:
-    """What a carry must not change: shape, dtype, weak type, how it lies on the devices.
+    """What a carry must not change: shape, dtype, how it lies on the devices.
 
     The last is part of the type on meshes with explicit axes, and inside `shard_map`.
     """
     aval = atom.aval
-    return shape(atom), dtype(atom), is_weak(atom), varying(aval), explicit_sharding(aval)
+    return shape(atom), dtype(atom), varying(aval), explicit_sharding(aval)
 
 
 def is_weak(atom: Atom) -> bool:

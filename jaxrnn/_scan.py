@@ -23,7 +23,9 @@ from jaxrnn._eager import is_jit_disabled, run_compiled
 from jaxrnn._fission import Plan, fission
 from jaxrnn._gains import only_for_gradients
 from jaxrnn._jaxpr import (
+    Atom,
     Traced,
+    Var,
     dtype,
     is_heavy,
     is_movable,
@@ -186,18 +188,19 @@ def scan_along(
     if split is None and (not remat or _has_effects(f, init, xs)):
         return lax.scan(f, init, xs, length, reverse, unroll)
 
-    if split is None:
+    if body is None or split is None:
         block, steps = block_length(chunk, remat, time, None), Steps(time, reverse, unroll)
 
         def run_plainly(carry: PyTree, xs: PyTree, steps: Steps) -> tuple[PyTree, PyTree]:
             return steps.scan(f, carry, xs)
 
         return over_blocks(run_plainly, init, xs, steps, block, remat)
-    return _run(split, lying, axes, _Options(time, reverse, unroll, chunk, remat, method))
+    options = _Options(time, reverse, unroll, chunk, remat, method)
+    return _as_traced(_run(split, lying, axes, options), body[0])
 
 
-def _run(split: Split, xs: list[Array], axes: list[int], options: _Options) -> PyTree:
-    """The last carry and ys of a split body, with time of xs on `axes`."""
+def _run(split: Split, xs: list[Array], axes: list[int], options: _Options) -> list[Array]:
+    """The last carry and ys of a split body, flat, with time of xs on `axes`."""
     plan, (time, reverse, unroll, chunk, remat, method) = split.plan, options
     block = block_length(chunk, remat, time, plan, split.fused)
     steps = steps_of(time, reverse, unroll, chunk, plan, split.fused)
@@ -222,7 +225,7 @@ def _run(split: Split, xs: list[Array], axes: list[int], options: _Options) -> P
         carry, ys = results(*operands)
     else:
         carry, ys = run_with_derivative_of(derivative, results, operands)
-    return _as_traced([*carry, *ys], split.traced)
+    return [*carry, *ys]
 
 
 def _as_traced(results: Sequence[Array], traced: Traced) -> PyTree:
@@ -257,28 +260,22 @@ def trace_body(
         return f(jax.tree.unflatten(carry_tree, old), jax.tree.unflatten(x_tree, x))
 
     traced = trace(flat, *carry, *x)
-    strong = [
-        lax.convert_element_type(c, dtype(new)) if is_weak(old) and not is_weak(new) else c
-        for c, old, new in zip(
-            carry,
-            traced.program.invars[len(traced.consts) :],
-            traced.program.outvars,
-            strict=False,
-        )
-    ]
-    if any(c is not s for c, s in zip(carry, strong, strict=True)):
-        carry = strong  # as `lax.scan` promotes them
+    promoted = _made_strong(carry, traced, of_its_dtype=False)  # as `lax.scan` does it
+    if any(c is not p for c, p in zip(carry, promoted, strict=True)):
+        carry = promoted
         traced = trace(flat, *carry, *x)
 
     results = traced.out_tree.children()
     if len(results) != 2 or results[0] != carry_tree:
         return None  # `lax.scan` says what is wrong
     program = traced.program
-    before = map(kind, program.invars[len(traced.consts) :][: len(carry)])
-    after = map(kind, program.outvars[: len(carry)])
+    changes = any(
+        kind(old) != kind(new) or (is_weak(new) and not is_weak(old))
+        for old, new in _old_and_new(traced, len(carry))
+    )
     if traced.has_effects and method == "fused":
         raise ValueError("method='fused': the step has effects, and in a kernel there are none.")
-    if traced.has_effects or list(before) != list(after):
+    if traced.has_effects or changes:
         return None
     # JAX's rules of a product ask for the width that is allowed where they run, not where it is.
     if any(map(is_of_another_width, program.equations)):
@@ -287,7 +284,24 @@ def trace_body(
     has_product = any(map(is_heavy, program.equations))
     if not has_product and not kernels_pay(method):
         return None
-    return traced, carry, x
+    # Traced once more for these, the body might give strong types that `lax.scan` leaves weak.
+    return traced, _made_strong(carry, traced, of_its_dtype=True), x
+
+
+def _made_strong(carry: list[Any], traced: Traced, *, of_its_dtype: bool) -> list[Any]:
+    """A carry, strong where the body makes it so, `of_its_dtype` or of another one."""
+    return [
+        lax.convert_element_type(c, dtype(new))
+        if is_weak(old) and not is_weak(new) and (dtype(old) == dtype(new)) == of_its_dtype
+        else c
+        for c, (old, new) in zip(carry, _old_and_new(traced, len(carry)), strict=False)
+    ]
+
+
+def _old_and_new(traced: Traced, carry: int) -> list[tuple[Var, Atom]]:
+    """The carry as a body gets it and as it gives it."""
+    olds = traced.program.invars[len(traced.consts) :][:carry]
+    return list(zip(olds, traced.program.outvars, strict=False))
 
 
 def split_body(

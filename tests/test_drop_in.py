@@ -102,6 +102,29 @@ def test_weak_types_stay_weak(flags):
     assert_same(actual, expected)
 
 
+@pytest.mark.parametrize("flags", [{}, {"chunk": 2}, {"remat": True}])
+def test_what_is_made_of_a_weak_carry_is_weak_even_if_the_carry_becomes_strong(flags):
+    """Strong from the start, it would make float32 of what it meets in bfloat16."""
+
+    def step(carry, x):
+        h, scale, sharp = carry
+        h, y = tanh_step(h, x)
+        y = (y.mean() * scale, scale, scale * 2, scale * x.astype(jnp.bfloat16))
+        return (h, scale + 0.1 * h.mean(), sharp + h.mean().astype(jnp.bfloat16)), (y, sharp)
+
+    def run(scan, **flags):
+        def loss(h):
+            last, ys = scan(step, (h, 0.5, 0.25), X, **flags)
+            return last[1] + ys[0][3].astype(jnp.float32).sum(), (last, ys)
+
+        return jax.grad(loss, has_aux=True)(H)
+
+    (actual, results), (expected, wanted) = run(jaxrnn.scan, **SPLIT, **flags), run(lax.scan)
+    assert weak_types(results) == weak_types(wanted)
+    assert_same(results, wanted, jnp.bfloat16)
+    assert_same(actual, expected, jnp.bfloat16)
+
+
 @pytest.mark.several_devices
 def test_products_with_weights_split_over_an_explicit_mesh():
     """Products of one state are not merged where their weights lie differently."""
