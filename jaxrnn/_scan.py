@@ -260,14 +260,14 @@ def trace_body(
         return f(jax.tree.unflatten(carry_tree, old), jax.tree.unflatten(x_tree, x))
 
     traced = trace(flat, *carry, *x)
+    results = traced.out_tree.children()
+    if len(results) != 2 or results[0] != carry_tree:
+        return None  # `lax.scan` says what is wrong
     promoted = _made_strong(carry, traced, of_its_dtype=False)  # as `lax.scan` does it
     if any(c is not p for c, p in zip(carry, promoted, strict=True)):
         carry = promoted
         traced = trace(flat, *carry, *x)
 
-    results = traced.out_tree.children()
-    if len(results) != 2 or results[0] != carry_tree:
-        return None  # `lax.scan` says what is wrong
     program = traced.program
     changes = any(
         kind(old) != kind(new) or (is_weak(new) and not is_weak(old))
@@ -294,7 +294,7 @@ def _made_strong(carry: list[Any], traced: Traced, *, of_its_dtype: bool) -> lis
         lax.convert_element_type(c, dtype(new))
         if is_weak(old) and not is_weak(new) and (dtype(old) == dtype(new)) == of_its_dtype
         else c
-        for c, (old, new) in zip(carry, _old_and_new(traced, len(carry)), strict=False)
+        for c, (old, new) in zip(carry, _old_and_new(traced, len(carry)), strict=True)
     ]
 
 

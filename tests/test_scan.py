@@ -321,6 +321,10 @@ def structures(states, *results):
         lambda scan: scan(lambda h, x: ((h @ U)[:2], x @ W), H, X),
         lambda scan: scan(lambda h, x: (h @ U + jnp.ones((1, 1, 1)), x @ W), H, X),
         lambda scan: scan("no function", H, X),
+        lambda scan: scan(lambda *_: None, H, X),  # a `return` that was forgotten
+        lambda scan: scan(lambda *_: (), H, X),
+        lambda scan: scan(lambda *_: (None, None), H, X),
+        lambda scan: scan(lambda _, x: ((), x @ W), (H, H), X),
         structures(H, "h"),
         structures(H, "h", "y", "c"),
         structures(H, ("h", "c"), "y"),
