@@ -117,7 +117,8 @@ def inline(program: Program, *args: Any, apply: Callable[..., list[Any]] = bind)
             continue
         values = [read(env, atom) for atom in equation.invars]
         if equation.primitive in INLINED:
-            closed = equation.params["jaxpr"]
+            params = equation.params
+            closed = params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]  # closed_call
             jaxpr = closed.jaxpr
             inner = Program(
                 (*jaxpr.constvars, *jaxpr.invars), tuple(jaxpr.outvars), tuple(jaxpr.eqns), jaxpr

@@ -350,8 +350,12 @@ def _shifted(rows: Array, first: Array, reverse: bool) -> Array:
 
 
 def _differentiated_as(value: Array, same: Array) -> Array:
-    """`value`, which is differentiated as what is the `same` but computed otherwise."""
-    return _with_slope(_as_it_is, lax.stop_gradient(value), same)
+    """`value`, which is differentiated as what is the `same` but computed otherwise.
+
+    It must have the right derivative by itself, too: what the first derivative reads of it is
+    differentiated as it is.
+    """
+    return _with_slope(_as_it_is, value, same)
 
 
 def _as_it_is(_value: Array, tangent: Array) -> Array:

@@ -145,6 +145,22 @@ def test_forward_over_forward():
     assert_agree(tangents, *floats(), scale=50)
 
 
+@pytest.mark.parametrize("modes", ["fff", "frf", "rrr"])
+def test_third_order(modes):
+    """Along a line, each derivative forwards or backwards; what a block reads of others moves."""
+
+    def third(scan, *arguments):
+        def of(scale):
+            moved = jax.tree.map(lambda a, d: a + scale * d, arguments, directions(arguments))
+            return loss(scan, *moved)
+
+        for mode in modes:
+            of = jax.grad(of) if mode == "r" else jax.jacfwd(of)
+        return of(0.0)
+
+    assert_agree(third, *floats(), scale=50)
+
+
 def test_hessian():
     p, h, xs = floats()
 
