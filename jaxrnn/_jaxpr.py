@@ -30,6 +30,7 @@ from jaxrnn._primitives import (
     SLOPE_BY_OUTPUT,
     SMOOTH,
     TRANSCENDENTAL,
+    conv_general_dilated_p,
     convert_element_type_p,
     dot_general_p,
     split_p,
@@ -312,10 +313,13 @@ def is_movable(equation: Equation) -> bool:
     Under `vmap` a branch becomes a selection and a `while` runs until the last one is done: both
     may cost more than they save, and differentiate differently. Random bits of generators other
     than threefry depend on the batching. The tangent of a `custom_vjp` function knows no `vmap`. Of
-    primitives that JAX does not list nothing is known.
+    primitives that JAX does not list nothing is known. Under `vmap` a convolution merges axes, and
+    those that are split over an explicit mesh forbid it.
     """
     if equation.primitive in PINNED or any(
-        "rbg" in str(getattr(atom.aval, "dtype", "")) for atom in equation.invars
+        "rbg" in str(getattr(atom.aval, "dtype", ""))
+        or (equation.primitive is conv_general_dilated_p and explicit_sharding(atom.aval))
+        for atom in equation.invars
     ):
         return False
     known = equation.primitive in LISTED | _SPELLED_OUT.keys() or equation.primitive is split_p()

@@ -79,6 +79,9 @@ def share(traced: Traced, args: Sequence[Any]) -> Traced:
         return traced
     given = [*traced.consts, *args]
     inlined = trace(lambda *values: inline(traced.program, *values), *given)
+    # What is the same for all samples is not split over an explicit mesh as they are.
+    if any(explicit_sharding(a.aval) for e in inlined.program.equations for a in e.invars):
+        return traced
     sharing = _Sharing(inlined.program)
     shared = trace(sharing.run, *inlined.consts, *given)
     if not sharing.found:
@@ -211,8 +214,6 @@ class _Sharing:
 
     def _waiting(self, equation: Equation) -> list[Any] | None:
         """The results of `equation`, if they can wait."""
-        if any(explicit_sharding(atom.aval) for atom in equation.invars):
-            return None
         operands = [read(self.env, atom) for atom in equation.invars]
         if id(equation) in self.gates:
             gate = self.gates[id(equation)]

@@ -131,6 +131,32 @@ def test_vmap_over_an_axis_of_a_mesh(axis):
     assert jax.tree.all(same)
 
 
+@pytest.mark.parametrize("name", ["convolutional", "branches_per_sample"])
+def test_samples_split_over_an_explicit_mesh(name):
+    """What would merge their axis with others, or part with it, stays as it is."""
+    samples, case = 3, BODIES[name]
+    mesh = jax.make_mesh((samples,), ("b",), (AxisType.Explicit,), devices=jax.devices()[:samples])
+    consts, init, xs = case.operands()
+
+    def value_and_gradient(scan):
+        def loss(consts, init, xs):
+            return jnp.sum(jnp.sin(scan(case.make(consts), init, xs)[1]))
+
+        with jax.set_mesh(mesh):
+            placed = (
+                jax.device_put(consts, P()),
+                jax.device_put(init, P("b")),
+                jax.device_put(xs, P(None, "b")),
+            )
+            results = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*placed)
+            return results, jax.tree.map(jax.typeof, results)
+
+    ours, types = value_and_gradient(functools.partial(SEQUENTIAL, chunk=3))
+    plain, expected = value_and_gradient(lax.scan)
+    assert types == expected
+    assert_same(ours, plain, scale=10)
+
+
 @pytest.mark.parametrize("flags", [{}, {"chunk": 4, "remat": True}], ids=["plain", "remat"])
 @pytest.mark.parametrize("manual", [("batch", "other"), ("batch",)], ids=["all_axes", "some_axes"])
 def test_shard_map_with_a_collective_inside_the_body(manual, flags):
