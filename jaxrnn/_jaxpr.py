@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core, source_info_util
 
-from jaxrnn._placement import explicit_sharding, varying
+from jaxrnn._placement import explicit_sharding, is_split, varying
 from jaxrnn._primitives import (
     ELEMENTWISE,
     FREE,
@@ -118,8 +118,7 @@ def inline(program: Program, *args: Any, apply: Callable[..., list[Any]] = bind)
             continue
         values = [read(env, atom) for atom in equation.invars]
         if equation.primitive in INLINED:
-            params = equation.params
-            closed = params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]  # closed_call
+            closed = equation.params[INLINED[equation.primitive]]
             jaxpr = closed.jaxpr
             inner = Program(
                 (*jaxpr.constvars, *jaxpr.invars), tuple(jaxpr.outvars), tuple(jaxpr.eqns), jaxpr
@@ -161,7 +160,7 @@ _SPELLED_OUT: dict[Any, Callable[..., list[Any]]] = {
 
 def calls(equation: Equation) -> bool:
     """Whether `equation` is a call, which `inline` by `without_rule` replaces by the function."""
-    return equation.primitive in INLINED | OWN_RULES
+    return equation.primitive in INLINED.keys() | OWN_RULES
 
 
 def without_rule(equation: Equation, values: Sequence[Any]) -> list[Any]:
@@ -317,10 +316,10 @@ def is_movable(equation: Equation) -> bool:
     those that are split over an explicit mesh forbid it.
     """
     if equation.primitive in PINNED or any(
-        "rbg" in str(getattr(atom.aval, "dtype", ""))
-        or (equation.primitive is conv_general_dilated_p and explicit_sharding(atom.aval))
-        for atom in equation.invars
+        "rbg" in str(getattr(atom.aval, "dtype", "")) for atom in equation.invars
     ):
+        return False
+    if equation.primitive is conv_general_dilated_p and is_split(equation):
         return False
     known = equation.primitive in LISTED | _SPELLED_OUT.keys() or equation.primitive is split_p()
     return known and all(map(is_movable, inner_equations(equation)))

@@ -27,7 +27,7 @@ from jaxrnn._jaxpr import (
     read,
     shape,
 )
-from jaxrnn._placement import explicit_sharding
+from jaxrnn._placement import is_split
 from jaxrnn._primitives import (
     IN_KERNELS,
     convert_element_type_p,
@@ -91,7 +91,7 @@ class Orientation:
         if equation.primitive is not dot_general_p:
             return None
         fixed = [not isinstance(a, Literal) and a in self.fixed for a in equation.invars]
-        if fixed[0] == fixed[1] or any(explicit_sharding(a.aval) for a in equation.invars):
+        if fixed[0] == fixed[1] or is_split(equation):
             return None
         weights = fixed.index(True)
         rows, matrix = (len(shape(equation.invars[i])) for i in (1 - weights, weights))

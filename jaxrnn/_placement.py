@@ -37,6 +37,11 @@ def explicit_sharding(aval: Any) -> Any:
     return None if spec is None or all(axis is None for axis in spec) else sharding
 
 
+def is_split(equation: Any) -> bool:
+    """Whether an operand of a traced equation is split over the explicit axes of a mesh."""
+    return any(explicit_sharding(atom.aval) for atom in equation.invars)
+
+
 def varying(aval: Any) -> Any:
     """How an array type varies over the axes of a `shard_map`; None where there is no saying."""
     return getattr(aval, "manual_axis_type", None)

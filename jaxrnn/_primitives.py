@@ -33,7 +33,8 @@ stop_gradient_p = p.stop_gradient_p
 sub_p = p.sub_p
 transpose_p = p.transpose_p
 
-INLINED = frozenset({p.jit_p, p.closed_call_p})
+# Calls, and which of its parameters holds the function of each.
+INLINED = {p.jit_p: "jaxpr", p.closed_call_p: "call_jaxpr"}
 LISTED = frozenset(value for name, value in vars(p).items() if name.endswith("_p"))
 RANDOM = frozenset(
     {p.random_bits_p, p.random_fold_in_p, p.random_gamma_p, p.random_split_p, p.threefry2x32_p}

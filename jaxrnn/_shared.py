@@ -43,7 +43,7 @@ from jaxrnn._jaxpr import (
     variables,
     weak_as,
 )
-from jaxrnn._placement import explicit_sharding
+from jaxrnn._placement import is_split
 from jaxrnn._primitives import (
     IN_KERNELS,
     REDUCTIONS,
@@ -80,7 +80,7 @@ def share(traced: Traced, args: Sequence[Any]) -> Traced:
     given = [*traced.consts, *args]
     inlined = trace(lambda *values: inline(traced.program, *values), *given)
     # What is the same for all samples is not split over an explicit mesh as they are.
-    if any(explicit_sharding(a.aval) for e in inlined.program.equations for a in e.invars):
+    if any(map(is_split, inlined.program.equations)):
         return traced
     sharing = _Sharing(inlined.program)
     shared = trace(sharing.run, *inlined.consts, *given)
