@@ -97,7 +97,7 @@ def _report(
     lines = [f'method "{how}" over {time} steps, in blocks of {block}{kept}']
     if results and in_one_loop(split.plan, steps) is not None:
         lines.append("for gradients; results come from one loop, with the samples on the last axis")
-    elif results and only_for_gradients(split.plan, chunk, False, method):
+    elif results and only_for_gradients(split.plan, time, chunk, False, method):
         lines.append("for gradients; results alone come from plain lax.scan, just as soon")
     elif results and (again or results != block):
         lines.append(f"for gradients; results in blocks of {results}")

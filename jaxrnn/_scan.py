@@ -218,7 +218,7 @@ def _run(split: Split, xs: list[Array], axes: list[int], options: _Options) -> l
     derivative = results
     if recomputed := recomputed_block(plan, time, chunk, remat, split.fused):
         derivative = functools.partial(run, recomputed, True)
-    if only_for_gradients(plan, chunk, remat, method) and in_one_loop(plan, steps) is None:
+    if only_for_gradients(plan, time, chunk, remat, method) and in_one_loop(plan, steps) is None:
         results = run_whole
     operands = list(split.consts), list(split.carry), xs
     if results is derivative:

@@ -61,7 +61,7 @@ def test_results_of_many_rows_come_from_the_plain_loop_and_gradients_do_not():
     rng = np.random.default_rng(0)
     w, u, x = (
         np.asarray(0.1 * rng.standard_normal(s), np.float32)
-        for s in [(64, 128), (128, 128), (TIME, 32, 64)]
+        for s in [(64, 128), (128, 128), (2 * TIME, 32, 64)]
     )
 
     def run(scan, w, u, x):
@@ -87,6 +87,27 @@ def test_results_of_many_rows_come_from_the_plain_loop_and_gradients_do_not():
             jax.jit(functools.partial(function, lax.scan))(w, u, x),
             scale=10,
         )
+
+
+@pytest.mark.parametrize(
+    ("samples", "time", "held"), [(1, 24, [2]), (2, 24, [1]), (2, 8, [2]), (1, 512, [1])]
+)
+def test_results_of_little_work_come_from_the_plain_loop_and_gradients_do_not(samples, time, held):
+    """What leaves the loop makes 2048 multiply-adds for each sample and step."""
+    w, u, x = (jnp.ones(shape) for shape in [(64, 32), (32, 32), (time, samples, 64)])
+
+    def run(w, u, x):
+        def body(h, x):
+            h = jnp.tanh(x @ w + h @ u)
+            return h, h
+
+        return jaxrnn.scan(body, jnp.zeros((samples, 32)), x)
+
+    def gradient(*operands):
+        return jax.grad(lambda *o: scalar_of(run(*o)), (0, 1, 2))(*operands)
+
+    assert products_in_innermost_loops(jax.make_jaxpr(run)(w, u, x)) == held
+    assert products_in_innermost_loops(jax.make_jaxpr(gradient)(w, u, x)) == [1, 1]
 
 
 def test_blocks_cover_time_with_a_shorter_one_last():
