@@ -1,6 +1,6 @@
 """Measures many different steps under jaxrnn and under plain lax.scan, and writes the results.
 
-    python -m benchmarks.never_slower [--quick] [--only WORD]
+    python -m benchmarks.never_slower [--quick] [--only WORD] [--networks FIRST COUNT]
 
 Both run in this process and take turns. The ratio is the median over rounds of the time under
 lax.scan by the time under jaxrnn: above 1, jaxrnn is faster. Where it stands aside, both run the
@@ -8,7 +8,7 @@ same program and the ratio shows the noise.
 """
 
 import argparse
-from statistics import median
+from statistics import geometric_mean, median
 from time import perf_counter
 
 import jax
@@ -19,7 +19,7 @@ from tqdm import tqdm
 import jaxrnn
 from benchmarks import clock, machine, results
 from benchmarks.compiled import Compiled, compile_call
-from benchmarks.steps import STEPS, Draw, Size, Step, gradient_of
+from benchmarks.steps import STEPS, Draw, Size, Step, gradient_of, random_step
 
 KINDS = ("forward", "gradient")
 
@@ -35,11 +35,22 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="one size of each, few repetitions")
     parser.add_argument("--only", default="", metavar="WORD", help="steps with WORD in their name")
+    parser.add_argument(
+        "--networks",
+        type=int,
+        nargs=2,
+        metavar=("FIRST", "COUNT"),
+        help="in place of the steps with a name, COUNT of those put together at random",
+    )
     arguments = parser.parse_args()
     effort = QUICK if arguments.quick else FULL
+    steps = STEPS
+    if arguments.networks:
+        first, count = arguments.networks
+        steps = [random_step(number) for number in range(first, first + count)]
     todo = [
         (step, size)
-        for step in STEPS
+        for step in steps
         if arguments.only.lower() in step.name.lower()
         for size in (step.sizes[:1] if arguments.quick else step.sizes)
     ]
@@ -60,11 +71,13 @@ def main() -> None:
         "jaxlib": jaxlib.__version__,
         "jaxrnn": jaxrnn.__version__,
     }
-    partial = arguments.quick or bool(arguments.only)
+    partial = arguments.quick or bool(arguments.only) or bool(arguments.networks)
     path = results.save("never_slower", partial, facts, versions, {"steps": rows})
     for kind in KINDS:
         slowest = min(rows, key=lambda row: row[kind]["speedup"])
-        print(f"{kind}: least {slowest[kind]['speedup']:.2f} ({slowest['name']} {slowest['size']})")
+        mean = geometric_mean(row[kind]["speedup"] for row in rows)
+        least = f"least {slowest[kind]['speedup']:.2f} ({slowest['name']} {slowest['size']})"
+        print(f"{kind}: mean {mean:.2f}, {least}")
     print(f"written: {path}")
 
 

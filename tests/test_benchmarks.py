@@ -11,14 +11,14 @@ import pytest
 from benchmarks import cases, clock, gpu_tables, peers, problem, render, results
 from benchmarks.naive import NAIVE, STATES
 from benchmarks.pool import WorkerError, workers
-from benchmarks.steps import STEPS, Draw, Size, gradient_of
+from benchmarks.steps import STEPS, Draw, Size, gradient_of, random_step
 from jaxrnn import cells, rnn
 
 # Five steps, in which the longest of `never_slower`'s patterns (every third step) shows twice.
 TINY = Size(2, 5, 3, 4)
 
 
-@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
+@pytest.mark.parametrize("step", [*STEPS, *map(random_step, range(4))], ids=lambda step: step.name)
 def test_a_step_computes_the_same_in_both_loops(step):
     loop = step.make(Draw(), TINY)
 

@@ -6,10 +6,10 @@ Every step is written for `lax.scan`, with time first, and says nothing of speed
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.steps import gated, memories, other
+from benchmarks.steps import gated, memories, networks, other
 from benchmarks.steps.forms import Draw, Loop, Size, gradient_of
 
-__all__ = ["STEPS", "Draw", "Loop", "Size", "Step", "gradient_of"]
+__all__ = ["STEPS", "Draw", "Loop", "Size", "Step", "gradient_of", "random_step"]
 
 
 @dataclass(frozen=True)
@@ -82,3 +82,8 @@ STEPS = (
     Step("Euler, two-layer network", other.euler, (SMALL, MEDIUM)),
     Step("masked LSTM through rnn", gated.masked, (TINY, NARROW, MEDIUM)),
 )
+
+
+def random_step(number: int) -> Step:
+    """A network of usual parts, put together at random, at a random size."""
+    return Step(f"network {number}", networks.network(number), (networks.size_of(number),))
