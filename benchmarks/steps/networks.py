@@ -82,12 +82,7 @@ def _gate(b: _Builder) -> Part:
 
 def _gated_linear(b: _Builder) -> Part:
     both = b.dense(b.read(), 2 * b.size.H)
-
-    def apply(*given):
-        value, gate = jnp.split(both(*given), 2, -1)
-        return value * jax.nn.sigmoid(gate)
-
-    return apply
+    return lambda *given: jax.nn.glu(both(*given))
 
 
 def _reset_gate(b: _Builder) -> Part:
@@ -100,19 +95,14 @@ def _reset_gate(b: _Builder) -> Part:
     return apply
 
 
-def _normalized(value: Array) -> Array:
-    centred = value - value.mean(-1, keepdims=True)
-    return centred * lax.rsqrt(value.var(-1, keepdims=True) + 1e-2)
-
-
 def _layer_norm(b: _Builder) -> Part:
     inner = _plain(b)
-    return lambda *given: _normalized(inner(*given))
+    return lambda *given: jax.nn.standardize(inner(*given), epsilon=1e-2)
 
 
 def _residual(b: _Builder) -> Part:
     inner = _activated(b)
-    return lambda p, v, n: _normalized(v[1] + inner(p, v, n))
+    return lambda p, v, n: jax.nn.standardize(v[1] + inner(p, v, n), epsilon=1e-2)
 
 
 def _attention(b: _Builder) -> Part:
@@ -200,8 +190,22 @@ def _inner_loop(b: _Builder) -> Part:
 
 
 PARTS = (
-    *(_plain, _activated, _gate, _gated_linear, _reset_gate, _layer_norm, _residual, _attention),
-    *(_lookup, _experts, _blocks, _low_rank, _weight_norm, _dropout, _branch, _recomputed),
+    _plain,
+    _activated,
+    _gate,
+    _gated_linear,
+    _reset_gate,
+    _layer_norm,
+    _residual,
+    _attention,
+    _lookup,
+    _experts,
+    _blocks,
+    _low_rank,
+    _weight_norm,
+    _dropout,
+    _branch,
+    _recomputed,
     _inner_loop,
 )
 
@@ -214,7 +218,7 @@ def _new_state(b: _Builder, place: int) -> Part:
     def apply(p, v, n):
         new = inner(p, v, n)
         if kind == "norm":
-            return _normalized(new)
+            return jax.nn.standardize(new, epsilon=1e-2)
         new = jnp.tanh(new)
         if kind == "plain":
             return new
