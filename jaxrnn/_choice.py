@@ -11,7 +11,7 @@ from jaxrnn import _placement as placement
 from jaxrnn._block import Steps
 from jaxrnn._columns import MisfitError
 from jaxrnn._fission import Plan, shrinks
-from jaxrnn._gains import MANY_TERMS, terms
+from jaxrnn._gains import MANY_TERMS, has_one_row, terms
 from jaxrnn._jaxpr import (
     Atom,
     Equation,
@@ -41,11 +41,18 @@ def is_worthwhile(plan: Plan, time: int, chunk: int | str | None) -> bool:
     eigendecomposition or the like decomposes once more, from whatever is kept: with more than 8
     rows gradients took 1.1 to 2 times as long. A cache that each step writes a part of, and that is
     kept whole for the gradient: from 256 KiB on, with less than a multiply-add outside the loop for
-    each byte, that was all (0.94 to 1.03 times as fast, in JAX 0.12 0.77 to 0.99). On a GPU
-    unrolling gains by itself.
+    each byte, that was all (0.94 to 1.03 times as fast, in JAX 0.12 0.77 to 0.99). One step has
+    nothing to share: gradients of random networks were 0.66 to 1.09 times as fast; with one sample
+    and little work in 3 to 7 steps 0.56 to 1.12 times (the mean is 0.83), in 12 steps 0.93 to 1.28.
+    On a GPU unrolling gains by itself.
     """
+    if time == 1:
+        return False
     if placement.gpu() is not None:
         return True
+    work = time * sum(map(multiply_adds, plan.in_passes))
+    if time < 8 and work < 1 << 20 and has_one_row(plan):
+        return False
     written = [e for e in plan.body.equations if e.primitive in WRITES]
     caches = _bytes(e.outvars[0] for e in written if e.invars[0] in plan.carries)
     is_small = caches < 1 << 18 or sum(map(multiply_adds, plan.in_passes)) >= caches

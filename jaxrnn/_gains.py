@@ -58,10 +58,14 @@ def _is_soon_done(plan: Plan, time: int) -> bool:
     if not any(map(multiply_adds, plan.in_loops)):
         return False
     work = time * sum(map(multiply_adds, heavy))
-    if time < 16:
-        return work < 1 << 24
-    rows = [multiply_adds(e) // weights for e in heavy if (weights := _weights(e, plan))]
-    return max(rows, default=0) == 1 and work < 1 << 20
+    return work < 1 << 24 if time < 16 else work < 1 << 20 and has_one_row(plan)
+
+
+def has_one_row(plan: Plan) -> bool:
+    """Whether the products that leave the loop have one row each to multiply, as of one sample."""
+    products = filter(multiply_adds, plan.in_passes)
+    rows = [multiply_adds(e) // weights for e in products if (weights := _weights(e, plan))]
+    return max(rows, default=0) == 1
 
 
 def _gains(equation: Equation, plan: Plan) -> bool:

@@ -110,6 +110,27 @@ def test_results_of_little_work_come_from_the_plain_loop_and_gradients_do_not(sa
     assert products_in_innermost_loops(jax.make_jaxpr(gradient)(w, u, x)) == [1, 1]
 
 
+@pytest.mark.parametrize(
+    ("samples", "time", "is_split"),
+    [(16, 1, False), (1, 7, False), (2, 7, True), (1, 8, True), (16, 2, True)],
+)
+def test_gradients_of_one_step_and_of_few_with_one_sample_are_left_alone(samples, time, is_split):
+    w, u, x = (jnp.ones(shape) for shape in [(64, 32), (32, 32), (time, samples, 64)])
+
+    def gradient(scan):
+        def loss(w, u, x):
+            def body(h, x):
+                h = jnp.tanh(x @ w + h @ u)
+                return h, h
+
+            return scalar_of(scan(body, jnp.zeros((samples, 32)), x))
+
+        return products_in_innermost_loops(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(w, u, x))
+
+    assert (gradient(jaxrnn.scan) == [1, 1]) == is_split
+    assert (gradient(jaxrnn.scan) == gradient(lax.scan)) != is_split
+
+
 def test_blocks_cover_time_with_a_shorter_one_last():
     u, w = jnp.ones((UNITS, UNITS)), jnp.ones((FEATURES, UNITS))
 
