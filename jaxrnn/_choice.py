@@ -50,12 +50,12 @@ def is_worthwhile(plan: Plan, time: int, chunk: int | str | None) -> bool:
         return False
     if placement.gpu() is not None:
         return True
-    work = time * sum(map(multiply_adds, plan.in_passes))
-    if time < 8 and work < 1 << 20 and has_one_row(plan):
+    leaves = sum(map(multiply_adds, plan.in_passes))
+    if time < 8 and time * leaves < 1 << 20 and has_one_row(plan):
         return False
     written = [e for e in plan.body.equations if e.primitive in WRITES]
     caches = _bytes(e.outvars[0] for e in written if e.invars[0] in plan.carries)
-    is_small = caches < 1 << 18 or sum(map(multiply_adds, plan.in_passes)) >= caches
+    is_small = caches < 1 << 18 or leaves >= caches
     if not is_small and not recomputed_block(plan, time, chunk, remat=False, fused=False):
         return False
     factorised = [e for e in plan.body.equations if e.primitive in FACTORISATIONS - {lu_p}]

@@ -117,7 +117,10 @@ def is_laid_so(make, samples, units, function=results, scan=jaxrnn.scan, feature
         (elman, 32, 256, [False]),
         (elman, 32, 736, [True]),
         (rectified, 32, 736, [True]),
+        (masked, 24, 256, [False]),
         (masked, 32, 256, [True]),
+        (lstm, 32, 184, [False]),
+        (lstm, 32, 240, [True]),
         (readout, 32, 128, [False]),
         (readout, 32, 256, [True]),
     ],
@@ -135,19 +138,23 @@ def test_a_pass_of_long_sums_is_given_up_for_larger_matrices(features, units, ex
 
 
 @pytest.mark.parametrize(
-    ("make", "units", "expected"),
+    ("make", "samples", "units", "expected"),
     [
-        (lstm, 128, [True, False]),
-        (lstm, 184, [True, False]),
-        (lstm, 384, [True, True]),
-        (masked, 384, [False, False]),
+        (lstm, 12, 128, [False, False]),
+        (lstm, 8, 128, [False, False]),
+        (lstm, 8, 256, [True, False]),
+        (lstm, 16, 64, [False, False]),
+        (lstm, 16, 128, [True, False]),
+        (lstm, 16, 184, [True, False]),
+        (lstm, 16, 384, [True, True]),
+        (masked, 16, 384, [False, False]),
     ],
 )
-def test_gradients_are_laid_so_for_larger_ones(make, units, expected):
+def test_gradients_are_laid_so_for_larger_ones(make, samples, units, expected):
     def gradient(*arguments):
         return jax.grad(functools.partial(loss, *arguments[:2]), (0, 1, 2))(*arguments[2:])
 
-    assert is_laid_so(make, 16, units, gradient) == expected
+    assert is_laid_so(make, samples, units, gradient) == expected
 
 
 @pytest.mark.parametrize("options", [{"chunk": 2}, {"chunk": None}, {"method": "lax"}])
@@ -178,7 +185,13 @@ def test_not_for_a_symbolic_number_of_samples():
 
 @pytest.mark.parametrize(
     ("make", "samples", "units"),
-    [(lstm, 16, 384), (elman, 8, 736), (rectified, 8, 736), (masked, 32, 256), (readout, 16, 128)],
+    [
+        (lstm, 16, 384),
+        (elman, 32, 736),
+        (rectified, 32, 736),
+        (masked, 32, 256),
+        (readout, 32, 256),
+    ],
 )
 def test_values_and_gradients_are_those_of_lax_scan(make, samples, units):
     arguments = operands(make, samples, units)
