@@ -3,14 +3,14 @@
 import importlib.util
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
 from jaxrnn import _placement as placement
 from jaxrnn._block import Steps
 from jaxrnn._columns import MisfitError
-from jaxrnn._fission import Plan, shrinks
+from jaxrnn._fission import Kind, Plan, shrinks
 from jaxrnn._gains import MANY_TERMS, has_one_row, terms
 from jaxrnn._jaxpr import (
     Atom,
@@ -29,9 +29,6 @@ from jaxrnn._jaxpr import (
 )
 from jaxrnn._kernel import SAMPLES, recipe
 from jaxrnn._primitives import FACTORISATIONS, WRITES, conv_general_dilated_p, lu_p, transpose_p
-
-# What a loop makes: results alone, results and what a tangent needs, or a tangent.
-Kind = Literal["results", "keeps", "tangent"]
 
 
 def is_worthwhile(plan: Plan, time: int, chunk: int | str | None) -> bool:

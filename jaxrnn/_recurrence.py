@@ -27,8 +27,8 @@ from jaxrnn._block import (
     run_plain,
     time_first,
 )
-from jaxrnn._choice import Kind, results_block
-from jaxrnn._fission import Loop, Plan, fission
+from jaxrnn._choice import results_block
+from jaxrnn._fission import Kind, Loop, Plan, fission
 from jaxrnn._jaxpr import (
     Equation,
     Program,
@@ -153,8 +153,8 @@ def _run(
     def run(
         consts: list[Array], carry: list[Array], xs: list[Array]
     ) -> tuple[list[Array], list[Array]]:
-        plan = fission(program, n_consts, n_carry)
-        turned = in_one_loop(plan, steps, kind)
+        plan = fission(program, n_consts, n_carry, kind)
+        turned = in_one_loop(plan, steps)
         if turned is not None and not turned.stages[1:]:
             return run_at_once(turned, consts, carry, xs, axes, steps)
         chosen = turned or plan

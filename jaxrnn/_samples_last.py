@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxrnn._block import Steps
-from jaxrnn._choice import Kind, samples_last, take_all_cores
-from jaxrnn._fission import Loop, Plan, Stage
+from jaxrnn._choice import samples_last, take_all_cores
+from jaxrnn._fission import Kind, Loop, Plan, Stage
 from jaxrnn._form import Form
 from jaxrnn._jaxpr import (
     Atom,
@@ -80,7 +80,7 @@ class _Turning(NamedTuple):
     rows: list[_Derived]
 
 
-def in_one_loop(plan: Plan, steps: Steps, kind: Kind = "results") -> Plan | None:
+def in_one_loop(plan: Plan, steps: Steps) -> Plan | None:
     """`plan` without a pass before its one loop, with the samples last in that, if this pays.
 
     Beside a readout results alone gain less: it would wait for the loop, and run block by block.
@@ -114,8 +114,8 @@ def in_one_loop(plan: Plan, steps: Steps, kind: Kind = "results") -> Plan | None
     ys = (*loop.ys, *made)
     whole = loop._replace(program=spelled_out, consts=consts, xs=xs, ys=ys)
     readouts = [e for stage in after for e in stage.program.equations if multiply_adds(e)]
-    has_pass = take_all_cores(program.equations) or (kind == "results" and bool(readouts))
-    turned = _turned(whole, kind, has_pass)
+    has_pass = take_all_cores(program.equations) or (plan.kind == "results" and bool(readouts))
+    turned = _turned(whole, plan.kind, has_pass)
     if turned is None:
         return None
     return plan._replace(

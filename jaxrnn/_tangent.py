@@ -123,9 +123,9 @@ class Tangent:
             body.program,
             end,
             len(self.t_carry),
+            "tangent",
             accumulated,
-            coefficients=True,
-            in_place=in_place,
+            in_place,
         )
         block = tangent_block(plan, steps, block)
         steps = steps._replace(unroll=tangent_unroll(plan, steps))

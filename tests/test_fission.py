@@ -28,6 +28,7 @@ import jaxrnn
 
 BATCH, FEATURES, UNITS = 3, 5, 16
 SPLIT = {"method": "sequential", "chunk": 4}
+EXP = primitive_of(jnp.exp, 1.0)
 TRANSPOSE = primitive_of(jnp.transpose, np.ones((2, 3)))
 
 ONE_PRODUCT = [
@@ -300,3 +301,46 @@ def test_states_of_weak_type_are_taken_apart_too(make):
         return products_in_innermost_loops(jaxpr)
 
     assert products(lax.scan)[0] > products(jaxrnn.scan, **SPLIT)[0]
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_what_a_matrix_spreads_is_spread_in_the_loop(samples):
+    """A row of a product is read there, not the memory's rows that a fixed matrix makes of it."""
+
+    def body(params, h, x):
+        h = params["decay"] * h + (x @ params["w"])[..., None] * params["scale"]
+        return h, jnp.sum(h, -1)
+
+    units = 16
+    shapes = {"w": (5, units), "decay": (units, 4), "scale": (units, 4)}
+    params = {name: jnp.full(shape, 0.1) for name, shape in shapes.items()}
+    xs, h = jnp.ones((TIME, samples, 5)), jnp.ones((samples, units, 4))
+    program = jax.make_jaxpr(
+        lambda params, h, xs: jaxrnn.scan(lambda h, x: body(params, h, x), h, xs, **SPLIT)
+    )(params, h, xs)
+    (step,) = innermost_loops(program)
+    rows = [v.aval.shape for v in step.invars if v.aval.ndim]
+    assert rows.count((samples, units, 4)) == 1 + 2 * (samples == 1)  # the memory; two matrices
+    assert any(shape in rows for shape in [(samples, units), (samples, units, 1)])
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_exponentials_are_made_once_for_a_gradient(samples):
+    """Results make them in the loop, of fewer numbers; a gradient stores a row of them."""
+
+    def body(params, h, x):
+        rate = jax.nn.sigmoid(x @ params["w"])
+        h = jnp.exp(-rate[..., None] * params["decay"]) * h + rate[..., None]
+        return h, jnp.sum(h, -1)
+
+    given = {"w": jnp.ones((5, 16)), "decay": jnp.ones((16, 4))}, jnp.ones((TIME, samples, 5))
+    h = jnp.ones((samples, 16, 4))
+
+    def of(params, xs):
+        return jaxrnn.scan(lambda h, x: body(params, h, x), h, xs, **SPLIT)
+
+    def in_loops(function):
+        return [count(step, EXP) for step in innermost_loops(jax.make_jaxpr(function)(*given))]
+
+    assert in_loops(of) == [1]
+    assert in_loops(lambda *a: jax.vjp(of, *a)[0])[0] == 0
