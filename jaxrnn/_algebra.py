@@ -59,6 +59,7 @@ from jaxrnn._primitives import (
 )
 from jaxrnn._rejoined import TakenApart, rejoined
 from jaxrnn._schedule import carry_times
+from jaxrnn._units import bind_without_units
 
 Array = Any
 
@@ -85,7 +86,7 @@ def simplify(
     """
 
     def inline_once(*args: Array) -> list[Any]:
-        return inline(program, *args, apply=_products_once())
+        return inline(program, *args, apply=_products_once(to_be_transposed))
 
     inlined = trace(inline_once, *example)
     added = len(inlined.consts)
@@ -319,8 +320,8 @@ class _Rewriter:
 _LAYOUT = frozenset({reshape_p, slice_p, squeeze_p})
 
 
-def _products_once() -> Callable[[Equation, Sequence[Any]], list[Any]]:
-    """`bind`, but a product of the same operands is computed once.
+def _products_once(to_be_transposed: bool) -> Callable[[Equation, Sequence[Any]], list[Any]]:
+    """`bind_without_units`, but a product of the same operands is computed once.
 
     XLA would see to that by itself if no product were merged with others.
     """
@@ -328,7 +329,8 @@ def _products_once() -> Callable[[Equation, Sequence[Any]], list[Any]]:
 
     def apply(equation: Equation, values: Sequence[Any]) -> list[Any]:
         if equation.primitive is not dot_general_p:
-            return bind(equation, values)
+            one_row = [0] * len(values)
+            return bind_without_units(equation, to_be_transposed, one_row, 1, values)
         key = (str(equation.params), *map(id, values))
         if key not in made:
             made[key] = values, bind(equation, values)  # with the values, so that ids stay theirs

@@ -125,7 +125,7 @@ def run_block(
         if program.outvars:
             in_time = [times[v] != -1 for v in program.invars]
             given = [env[v] for v in program.invars]
-            made = run_rows(program, in_time, steps.length, plan.accumulated, *given)
+            made = run_rows(program, in_time, steps.length, plan.kind, plan.accumulated, *given)
             env |= zip(program.outvars, made, strict=True)
         if loop is not None:
             last, ys = run_loop(

@@ -43,6 +43,8 @@ Literal = core.Literal
 Atom = Var | Literal
 Equation = core.JaxprEqn
 
+UNITS_SLOW_DOWN_SUMS = jax.__version_info__ < (0, 11)  # see `_units.py`
+
 
 class Program(NamedTuple):
     """A straight-line program: equations in an order in which they can run.

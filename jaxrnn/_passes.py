@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxrnn._fission import Kind
 from jaxrnn._jaxpr import (
     Atom,
     Equation,
@@ -24,6 +25,7 @@ from jaxrnn._jaxpr import (
 )
 from jaxrnn._placement import is_lone_cpu
 from jaxrnn._primitives import dot_general_p
+from jaxrnn._units import bind_without_units
 
 Array = jax.Array
 
@@ -35,6 +37,7 @@ def run_rows(
     program: Program,
     has_rows: Sequence[bool],
     length: int,
+    kind: Kind,
     accumulated: frozenset[Var],
     *args: Any,
 ) -> list[Array]:
@@ -44,6 +47,7 @@ def run_rows(
         program: for one row.
         has_rows: which of `args` have a row for each run; the others are the same in all.
         length: the number of rows.
+        kind: what it is for.
         accumulated: the variables whose cotangents are sums over all rows.
         *args: the operands.
 
@@ -66,11 +70,9 @@ def run_rows(
             rows |= set(equation.outvars)
             columns = together.get(equation.outvars[0], 0)
             product = _matrix_product(equation, axes, columns, *operands)
-            outs = (
-                jax.vmap(functools.partial(bind, equation), in_axes=(axes,))(operands)
-                if product is None
-                else [product]
-            )
+            transposed = kind == "tangent"
+            run = functools.partial(bind_without_units, equation, transposed, axes, length)
+            outs = [product] if product is not None else jax.vmap(run, in_axes=(axes,))(operands)
         env |= zip(equation.outvars, outs, strict=True)
     return [
         env[v] if is_row(v) else jnp.broadcast_to(read(env, v), (length, *shape(v)))
