@@ -11,14 +11,14 @@ from jax import lax
 
 from jaxrnn import _jaxpr, _rnn
 from jaxrnn._arguments import Step
-from jaxrnn._block import Steps, run_plain, time_first
-from jaxrnn._choice import block_length, recomputed_block, results_block, steps_of
+from jaxrnn._block import run_plain, time_first
+from jaxrnn._choice import block_length, results_block, steps_of
 from jaxrnn._fission import Plan
 from jaxrnn._gains import only_for_gradients
 from jaxrnn._jaxpr import Equation, Program, Traced
 from jaxrnn._recurrence import run_split
 from jaxrnn._samples_last import in_one_loop
-from jaxrnn._scan import Split, split_body, trace_body
+from jaxrnn._scan import Split, Way, split_body, trace_body, way_of_gradient
 
 Array = jax.Array
 PyTree = Any
@@ -89,10 +89,14 @@ def _report(
     block = block_length(chunk, remat, time, split.plan, split.fused)
     steps = steps_of(time, reverse, unroll, chunk, split.plan, split.fused)
     results = None if remat else results_block(split.plan, steps, block)
-    again = recomputed_block(split.plan, time, chunk, remat, split.fused)
-    if again:
-        block, remat = again, True
-    kept = " (rematerialised)" if remat else ""
+    way = way_of_gradient(split, Way(steps, block, remat), chunk)
+    again = way.remat and not remat
+    block = way.block
+    kept = ""
+    if way.remat:
+        kept = " (rematerialised)"
+    elif way.steps.keeps_states:
+        kept = " (the states are kept)"
     how = "fused" if split.fused else "sequential"
     lines = [f'method "{how}" over {time} steps, in blocks of {block}{kept}']
     if results and in_one_loop(split.plan, steps) is not None:
@@ -108,7 +112,7 @@ def _report(
         if stage.loop is not None:
             where = "one kernel" if split.fused else "step by step"
             lines += _section(f"{where}: recurrence", stage.loop.program)
-    return [*lines, "", *_figures(found[0], split, xs, steps, block, remat)]
+    return [*lines, "", *_figures(found[0], split, xs, way)]
 
 
 def _section(title: str, program: Program) -> list[str]:
@@ -122,13 +126,11 @@ def _section(title: str, program: Program) -> list[str]:
     return lines + _wrap(f"{name}{_times(n)}" for name, n in others.items())
 
 
-def _figures(
-    traced: Traced, split: Split, xs: PyTree, steps: Steps, block: int, remat: bool
-) -> list[str]:
+def _figures(traced: Traced, split: Split, xs: PyTree, way: Way) -> list[str]:
     before = sum(map(_jaxpr.multiply_adds, traced.program.equations))
     before += sum(map(_jaxpr.multiply_adds, _nested(traced.program.equations)))
     inside, outside = _work(split.plan)
-    ours, theirs = _kept_bytes(traced, split, xs, steps, block, remat)
+    ours, theirs = _kept_bytes(traced, split, xs, way)
     return [
         f"multiply-adds per step    {inside:>14,} in the loop, {outside:,} outside",
         f"  plain lax.scan          {before:>14,} in the loop",
@@ -145,17 +147,15 @@ def _work(plan: Plan) -> tuple[int, int]:
     return inside, outside
 
 
-def _kept_bytes(
-    traced: Traced, split: Split, xs: PyTree, steps: Steps, block: int, remat: bool
-) -> tuple[int, int]:
+def _kept_bytes(traced: Traced, split: Split, xs: PyTree, way: Way) -> tuple[int, int]:
     """What the backward pass keeps beside the arguments, here and with plain `lax.scan`."""
     carry, rows = split.carry, jax.tree.leaves(xs)
 
     def ours(consts: Sequence[Array], carry: list[Array], rows: list[Array]) -> PyTree:
-        return run_split(split.plan, consts, carry, rows, [0] * len(rows), steps, block, remat)
+        return run_split(split.plan, consts, carry, rows, [0] * len(rows), *way)
 
     def theirs(consts: Sequence[Array], carry: list[Array], rows: list[Array]) -> PyTree:
-        return run_plain(traced.program, consts, carry, rows, steps)
+        return run_plain(traced.program, consts, carry, rows, way.steps)
 
     return (
         _residual_bytes(ours, split.consts, carry, rows),

@@ -25,6 +25,7 @@ neg_p = p.neg_p
 pad_p = p.pad_p
 reduce_max_p = p.reduce_max_p
 reduce_sum_p = p.reduce_sum_p
+remat_p = p.remat_p
 reshape_p = p.reshape_p
 select_n_p = p.select_n_p
 slice_p = p.slice_p

@@ -68,12 +68,12 @@ class Residuals(NamedTuple):
     moving: set[Var]
 
 
-def residuals(program: Program, tangents: Any) -> Residuals:
+def residuals(program: Program, tangents: Any, keeps_states: bool = False) -> Residuals:
     """What to keep of each step of a body whose inputs have `tangents`: consts, carry, xs.
 
     The state before a step is what the step before it made, which may be a row already. A state
     that its step changes and then reads, such as a memory, is kept as it is read, unless what it
-    was before is needed, too.
+    was before is needed, too. Of a step that `keeps_states` these are all.
     """
     consts, carry, _ = map(len, tangents)
     # What has no tangent at any step is not differentiated: a step may not even have a derivative
@@ -83,7 +83,7 @@ def residuals(program: Program, tangents: Any) -> Residuals:
     moving = dependents_in_time(program, sources, consts, carry, through_tangents=True)
     old = program.invars[consts : consts + carry]
     new, ys = program.outvars[:carry], program.outvars[carry:]
-    kept = _kept(program, program.invars[:consts], moving)
+    kept = [] if keeps_states else _kept(program, program.invars[:consts], moving)
     rows: list[Atom] = [*ys, *(v for v in kept if v not in ys)]
     for before, after in zip(old, new, strict=True):
         if before in rows or after in rows:

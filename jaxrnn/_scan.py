@@ -11,12 +11,14 @@ from jax import lax
 
 from jaxrnn._algebra import simplify
 from jaxrnn._block import Steps, over_blocks, run_plain, time_first
+from jaxrnn._checkpoints import through_checkpoints
 from jaxrnn._choice import (
     block_length,
     fits_kernel,
     is_worthwhile,
     kernels_pay,
     recomputed_block,
+    states_suffice,
     steps_of,
 )
 from jaxrnn._eager import is_jit_disabled, run_compiled
@@ -111,7 +113,7 @@ class Split(NamedTuple):
     """A body after fission: the plan, what it closes over, and the first carry, flat.
 
     `traced` is the body before fission, `program(*traced.consts, *carry, *x)`; `fused` says whether
-    its recurrences are run as kernels.
+    its recurrences are run as kernels, and `checkpointed` whether it was under `jax.checkpoint`.
     """
 
     plan: Plan
@@ -119,6 +121,15 @@ class Split(NamedTuple):
     carry: list[Any]
     traced: Traced
     fused: bool
+    checkpointed: bool
+
+
+class Way(NamedTuple):
+    """How a split body is run: its steps, timesteps per block, whether a gradient runs it again."""
+
+    steps: Steps
+    block: int
+    remat: bool
 
 
 def _scan(f: Body, options: _Options, operands: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
@@ -205,19 +216,18 @@ def _run(split: Split, xs: list[Array], axes: list[int], options: _Options) -> l
     block = block_length(chunk, remat, time, plan, split.fused)
     steps = steps_of(time, reverse, unroll, chunk, plan, split.fused)
 
-    def run(
-        block: int, remat: bool, consts: list[Any], carry: list[Array], xs: list[Array]
-    ) -> Results:
-        return run_split(plan, consts, carry, xs, axes, steps, block, remat)
+    def run(way: Way, consts: list[Any], carry: list[Array], xs: list[Array]) -> Results:
+        return run_split(plan, consts, carry, xs, axes, *way)
 
     def run_whole(consts: list[Any], carry: list[Array], xs: list[Array]) -> Results:
         program, before = split.traced.program, consts[len(consts) - len(split.traced.consts) :]
         return run_plain(program, before, carry, list(map(time_first, xs, axes)), steps)
 
-    results: Callable[..., Results] = functools.partial(run, block, remat)
+    way = Way(steps, block, remat)
+    results: Callable[..., Results] = functools.partial(run, way)
     derivative = results
-    if recomputed := recomputed_block(plan, time, chunk, remat, split.fused):
-        derivative = functools.partial(run, recomputed, True)
+    if (other := way_of_gradient(split, way, chunk)) != way:
+        derivative = functools.partial(run, other)
     if only_for_gradients(plan, time, chunk, remat, method) and in_one_loop(plan, steps) is None:
         results = run_whole
     operands = list(split.consts), list(split.carry), xs
@@ -226,6 +236,15 @@ def _run(split: Split, xs: list[Array], axes: list[int], options: _Options) -> l
     else:
         carry, ys = run_with_derivative_of(derivative, results, operands)
     return [*carry, *ys]
+
+
+def way_of_gradient(split: Split, way: Way, chunk: int | str | None) -> Way:
+    """How results are run for a gradient, if so for themselves."""
+    steps, _, remat = way
+    if recomputed := recomputed_block(split.plan, steps.length, chunk, remat, split.fused):
+        return Way(steps, recomputed, True)
+    keeps_states = split.checkpointed and not remat
+    return way._replace(steps=steps._replace(keeps_states=keeps_states))
 
 
 def _as_traced(results: Sequence[Array], traced: Traced) -> PyTree:
@@ -313,7 +332,8 @@ def split_body(
     chunk: int | str | None,
 ) -> Split | None:
     """A body, from `trace_body`, after fission, or None where the engine stands aside."""
-    traced = share(traced, [*carry, *x])
+    whole = through_checkpoints(traced, [*carry, *x])
+    traced = share(whole or traced, [*carry, *x])
     has_product = any(is_heavy(e) and is_movable(e) for e in traced.program.equations)
     if not has_product and not kernels_pay(method):
         return None
@@ -322,9 +342,11 @@ def split_body(
     consts = (*body.consts, *traced.consts)
     plan = fission(body.program, len(consts), len(carry))
     fused = fits_kernel(plan, method)
-    if method == "auto" and not fused and not is_worthwhile(plan, time, chunk):
-        return None
-    return Split(plan, consts, carry, traced, fused)
+    if method == "auto" and not fused:
+        pays = is_worthwhile(plan, time, chunk)
+        if not pays or (whole is not None and not states_suffice(plan, time, chunk)):
+            return None
+    return Split(plan, consts, carry, traced, fused, checkpointed=whole is not None)
 
 
 def _is_kernel(

@@ -31,6 +31,7 @@ LARGE = Size(32, 100, 256, 512)
 STEPS = (
     Step("Elman", gated.elman, (TINY, ONE, NARROW, MEDIUM, LARGE)),
     Step("LSTM", gated.lstm, (TINY, ONE, NARROW, MEDIUM, LARGE)),
+    Step("LSTM under a checkpoint", gated.lstm_checkpointed, (NARROW, MEDIUM)),
     Step("LSTM, four matmuls", gated.lstm_four_matmuls, (TINY, MEDIUM)),
     Step("LSTM, concatenating", gated.lstm_concatenating, (TINY, MEDIUM)),
     Step("LSTM, columns under vmap", gated.lstm_columns, (ONE, NARROW, MEDIUM)),

@@ -4,7 +4,7 @@ Letters: B samples, T timesteps, D input features, H units.
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ def elman(draw: Draw, size: Size) -> Loop:
     return loop(body, draw.gates(1, D, H), draw.normal(B, H), draw.normal(T, B, D))
 
 
-def lstm(draw: Draw, size: Size) -> Loop:
+def lstm(draw: Draw, size: Size, under: Callable[[Callable], Callable] | None = None) -> Loop:
     """One matmul for the input, one for the state, then a split."""
     B, T, D, H = size
 
@@ -70,10 +70,15 @@ def lstm(draw: Draw, size: Size) -> Loop:
             h, c = lstm_cell(p, x, *carry)
             return (h, c), h
 
-        return step
+        return under(step) if under else step
 
     init = (draw.normal(B, H), draw.normal(B, H))
     return loop(body, draw.gates(4, D, H), init, draw.normal(T, B, D))
+
+
+def lstm_checkpointed(draw: Draw, size: Size) -> Loop:
+    """Nothing but the states is to be kept."""
+    return lstm(draw, size, jax.checkpoint)
 
 
 def lstm_four_matmuls(draw: Draw, size: Size) -> Loop:

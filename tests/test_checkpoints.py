@@ -1,0 +1,168 @@
+"""Steps under `jax.checkpoint`: taken apart all the same, with nothing kept but their states."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_same
+from jax import lax
+from structure import count, equations, multiply_adds, primitive_of, products_in_innermost_loops
+
+import jaxrnn
+
+BATCH, TIME, UNITS = 2, 8, 64
+SPLIT = {"method": "sequential", "chunk": 4}
+CHECKPOINT = primitive_of(jax.checkpoint(jnp.sin), 1.0)
+LOGISTIC = primitive_of(lax.logistic, 1.0)
+
+
+def lstm(params, carry, x):
+    h, c = carry
+    i, f, g, o = jnp.split(x @ params["w"] + h @ params["u"] + params["b"], 4, -1)
+    c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+    h = jax.nn.sigmoid(o) * jnp.tanh(c)
+    return (h, c), h
+
+
+def operands(time=TIME):
+    """Inputs of one feature weigh nothing beside states."""
+    rng = np.random.default_rng(0)
+    shapes = {"w": (1, 4 * UNITS), "u": (UNITS, 4 * UNITS), "b": (4 * UNITS,)}
+    params = {k: jnp.asarray(0.2 * rng.standard_normal(s), jnp.float32) for k, s in shapes.items()}
+    h, c = jnp.asarray(rng.standard_normal((2, BATCH, UNITS)), jnp.float32)
+    return params, (h, c), jnp.asarray(rng.standard_normal((time, BATCH, 1)), jnp.float32)
+
+
+def run(scan, under=jax.checkpoint, **flags):
+    return lambda params, carry, xs: scan(
+        under(lambda carry, x: lstm(params, carry, x)), carry, xs, **flags
+    )
+
+
+def gradient(function):
+    return jax.grad(lambda *a: sum(jnp.sum(jnp.sin(y)) for y in jax.tree.leaves(function(*a))), 0)
+
+
+UNDER = {
+    "checkpoint": jax.checkpoint,
+    "nothing_saveable": lambda f: jax.checkpoint(
+        f, policy=jax.checkpoint_policies.nothing_saveable
+    ),
+    "jit_of_checkpoint": lambda f: jax.jit(jax.checkpoint(f, prevent_cse=False)),
+    "checkpoint_of_checkpoint": lambda f: jax.checkpoint(jax.jit(jax.checkpoint(f))),
+}
+
+
+@pytest.mark.parametrize("under", UNDER)
+def test_products_leave_the_loop_and_no_step_is_run_again(under):
+    function = run(jaxrnn.scan, UNDER[under], **SPLIT)
+    forward = jax.make_jaxpr(function)(*operands())
+    backward = jax.make_jaxpr(gradient(function))(*operands())
+    assert products_in_innermost_loops(forward) == [1]
+    assert products_in_innermost_loops(backward) == [1, 1]
+    plain = jax.make_jaxpr(gradient(run(lax.scan)))(*operands())
+    assert multiply_adds(backward) <= multiply_adds(plain)  # the products of each step, once again
+
+
+@pytest.mark.parametrize("flags", [{}, SPLIT, {"remat": True}, {"method": "lax"}, {"chunk": 3}])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_results_and_derivatives_are_those_of_lax_scan(flags, reverse):
+    ours, theirs = run(jaxrnn.scan, reverse=reverse, **flags), run(lax.scan, reverse=reverse)
+    given = operands()
+    assert_same(jax.jit(ours)(*given), jax.jit(theirs)(*given))
+    assert_same(jax.jit(gradient(ours))(*given), jax.jit(gradient(theirs))(*given), scale=10)
+    tangents = [jax.jit(lambda *a, f=f: jax.jvp(f, a, a))(*given) for f in (ours, theirs)]
+    assert_same(*tangents, scale=10)
+
+
+def kept_bytes(function, time):
+    """What waits for the backward pass beside the operands, which are kept by whoever made them."""
+    given = operands(time)
+    backward = jax.vjp(function, *given)[1]
+    theirs = {id(leaf) for leaf in jax.tree.leaves(given)}
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(backward) if id(leaf) not in theirs)
+
+
+def test_states_are_kept_and_nothing_else():
+    def per_step(function):
+        return (kept_bytes(function, 5 * TIME) - kept_bytes(function, TIME)) / (4 * TIME)
+
+    state = BATCH * UNITS * 4
+    ours, theirs = (per_step(run(scan)) for scan in (jaxrnn.scan, lax.scan))
+    assert 2 * state <= ours <= theirs + 8 < 3 * state
+    assert per_step(run(jaxrnn.scan, lambda f: f)) >= 5 * state
+
+
+@pytest.mark.parametrize(
+    "policy", ["everything_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"]
+)
+def test_what_a_policy_keeps_is_left_to_it(policy):
+    policy = getattr(jax.checkpoint_policies, policy)
+    function = run(jaxrnn.scan, lambda f: jax.checkpoint(f, policy=policy))
+    program = jax.make_jaxpr(function)(*operands())
+    assert [e.params["policy"] for e, _ in equations(program) if e.primitive is CHECKPOINT] == [
+        policy
+    ]
+
+
+def test_a_checkpoint_beside_other_products_stays_one():
+    """Its author means that part alone."""
+
+    def body(params, carry, x):
+        carry, y = jax.checkpoint(lambda carry, x: lstm(params, carry, x))(carry, x)
+        return carry, y @ params["u"]
+
+    params, carry, xs = operands()
+    program = jax.make_jaxpr(
+        lambda params, carry, xs: jaxrnn.scan(lambda c, x: body(params, c, x), carry, xs, **SPLIT)
+    )(params, carry, xs)
+    under = [e for e, _ in equations(program) if e.primitive is CHECKPOINT]
+    assert [n for n in (count(e.params["jaxpr"], LOGISTIC) for e in under) if n] == [3]
+
+
+def pairs(params, alpha, x):
+    """A hidden Markov model: a sum over pairs of states."""
+    scores = alpha[:, :, None] + jax.nn.log_softmax(params, -1)
+    return jax.nn.logsumexp(scores, 1) + x @ params, None
+
+
+def test_steps_that_make_much_more_than_their_states_are_left_alone():
+    params, alpha, xs = (
+        jnp.ones(s) for s in ((UNITS, UNITS), (BATCH, UNITS), (TIME, BATCH, UNITS))
+    )
+
+    def run(params, alpha, xs):
+        return jaxrnn.scan(jax.checkpoint(lambda a, x: pairs(params, a, x)), alpha, xs)
+
+    program = jax.make_jaxpr(run)(params, alpha, xs)
+    assert count(program, CHECKPOINT) == 1
+    assert products_in_innermost_loops(program) == [1]
+
+
+def test_masked_steps_of_rnn_are_taken_apart():
+    params, (h, c), xs = operands()
+    mask = np.arange(TIME) < np.array([[TIME], [3]])
+
+    def step(x, states):
+        carry, y = lstm(params, tuple(states), x)
+        return y, list(carry)
+
+    def run(step):
+        return lambda xs: jaxrnn.rnn(step, jnp.moveaxis(xs, 0, 1), [h, c], mask=mask, **SPLIT)
+
+    program = jax.make_jaxpr(run(jax.checkpoint(step)))(xs)
+    assert products_in_innermost_loops(program) == [1]
+    assert count(program, CHECKPOINT) == count(jax.make_jaxpr(run(step))(xs), CHECKPOINT)
+    assert_same(run(jax.checkpoint(step))(xs), run(step)(xs))
+
+
+def test_explain_says_that_the_states_are_kept():
+    params, (h, c), xs = operands()
+
+    @jax.checkpoint
+    def step(x, states):
+        carry, y = lstm(params, tuple(states), x)
+        return y, list(carry)
+
+    report = jaxrnn.explain(step, jnp.moveaxis(xs, 0, 1), [h, c], method="sequential")
+    assert "the states are kept" in report.splitlines()[0]
