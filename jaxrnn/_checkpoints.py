@@ -12,16 +12,15 @@ import jax
 
 from jaxrnn._jaxpr import (
     Equation,
-    Program,
     Traced,
     bind,
     hides_product,
     inline,
     inner_equations,
-    is_heavy,
+    program_of,
     trace,
 )
-from jaxrnn._primitives import remat_p
+from jaxrnn._primitives import HEAVY, remat_p
 
 _KEEPS_NOTHING = (None, jax.checkpoint_policies.nothing_saveable)
 
@@ -36,20 +35,13 @@ def through_checkpoints(traced: Traced, example: Sequence[Any]) -> Traced | None
     Returns:
         The same step, its consts first as before.
     """
-    if not _has_one(traced.program.equations):
+    equations = traced.program.equations
+    if not _has_one(equations) or any(map(_is_beside, equations)):
         return None
-    under: list[Equation] = []
-    beside: list[Equation] = []
-
-    def apply(equation: Equation, values: Sequence[Any]) -> list[Any]:
-        if not _keeps_nothing(equation):
-            beside.extend([equation] if is_heavy(equation) else [])
-            return bind(equation, values)
-        under.append(equation)
-        return inline(_inside(equation), *values, apply=_apply)
-
-    step = trace(lambda *args: inline(traced.program, *args, apply=apply), *traced.consts, *example)
-    if not under or beside or any(map(hides_product, step.program.equations)):
+    step = trace(
+        lambda *args: inline(traced.program, *args, apply=_apply), *traced.consts, *example
+    )
+    if any(map(hides_product, step.program.equations)):
         return None
     consts = (*step.consts, *traced.consts)
     return step._replace(consts=consts, out_tree=traced.out_tree)
@@ -59,19 +51,19 @@ def _has_one(equations: Iterable[Equation]) -> bool:
     return any(_keeps_nothing(e) or _has_one(inner_equations(e)) for e in equations)
 
 
+def _is_beside(equation: Equation) -> bool:
+    """Whether `equation` is or holds a product, or the like, that is under no checkpoint."""
+    if _keeps_nothing(equation):
+        return False
+    return equation.primitive in HEAVY or any(map(_is_beside, inner_equations(equation)))
+
+
 def _apply(equation: Equation, values: Sequence[Any]) -> list[Any]:
     if _keeps_nothing(equation):
-        return inline(_inside(equation), *values, apply=_apply)
+        return inline(program_of(equation.params["jaxpr"]), *values, apply=_apply)
     return bind(equation, values)
 
 
 def _keeps_nothing(equation: Equation) -> bool:
     """Whether `equation` is a checkpoint, and without a policy that has anything kept."""
     return equation.primitive is remat_p and equation.params["policy"] in _KEEPS_NOTHING
-
-
-def _inside(equation: Equation) -> Program:
-    """The function under a checkpoint."""
-    jaxpr = equation.params["jaxpr"]
-    inputs = (*jaxpr.constvars, *jaxpr.invars)
-    return Program(inputs, tuple(jaxpr.outvars), tuple(jaxpr.eqns), jaxpr)

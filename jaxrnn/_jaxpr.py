@@ -84,11 +84,14 @@ class Traced(NamedTuple):
 def trace(f: Callable[..., PyTree], *args: Any) -> Traced:
     """Traces `f` at `args`, one array each; what `f` closes over becomes `consts`."""
     closed, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
-    jaxpr = closed.jaxpr
-    program = Program(
-        (*jaxpr.constvars, *jaxpr.invars), tuple(jaxpr.outvars), tuple(jaxpr.eqns), jaxpr
-    )
+    program = program_of(closed.jaxpr)
     return Traced(program, tuple(closed.consts), jax.tree.structure(shapes), bool(closed.effects))
+
+
+def program_of(jaxpr: Any) -> Program:
+    """A jaxpr as a program, which takes its constants first."""
+    inputs = (*jaxpr.constvars, *jaxpr.invars)
+    return Program(inputs, tuple(jaxpr.outvars), tuple(jaxpr.eqns), jaxpr)
 
 
 def bind(equation: Equation, args: Sequence[Any]) -> list[Any]:
@@ -121,10 +124,7 @@ def inline(program: Program, *args: Any, apply: Callable[..., list[Any]] = bind)
         values = [read(env, atom) for atom in equation.invars]
         if equation.primitive in INLINED:
             closed = equation.params[INLINED[equation.primitive]]
-            jaxpr = closed.jaxpr
-            inner = Program(
-                (*jaxpr.constvars, *jaxpr.invars), tuple(jaxpr.outvars), tuple(jaxpr.eqns), jaxpr
-            )
+            inner = program_of(closed.jaxpr)
             with at(equation):
                 results = inline(inner, *closed.consts, *values, apply=apply)
         elif equation.primitive in _SPELLED_OUT:
