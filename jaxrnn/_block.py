@@ -32,7 +32,7 @@ class Steps(NamedTuple):
         whole_tangent: whether a tangent is one block where its results are several.
         adapts: whether blocks may have other lengths than the one that is told for all.
         over_states: timesteps per block of a tangent whose passes go over rows like the states.
-        keeps_states: whether a derivative keeps nothing else of each step.
+        forgets: whether a derivative makes again what is under a checkpoint.
     """
 
     length: int
@@ -42,7 +42,7 @@ class Steps(NamedTuple):
     whole_tangent: bool = False
     adapts: bool = False
     over_states: int = 0
-    keeps_states: bool = False
+    forgets: bool = False
 
     def scan(
         self, step: Callable[[PyTree, PyTree], Any], init: PyTree, xs: PyTree

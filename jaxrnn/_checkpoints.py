@@ -1,32 +1,47 @@
-"""A step under `jax.checkpoint`, seen through.
+"""Checkpoints in a step, `jax.checkpoint`, seen through.
 
-Under a checkpoint nothing of a step can be moved. Of a step whose products are all under one, its
-author wants nothing kept but the states. From these the rest is made again by passes, all steps of
-a block at once: no step has to be run again.
+Of what is under a checkpoint nothing could be moved. What its author wants is that nothing of it is
+kept for the derivative. So its parts stand in the step like all others, with a mark, and what has
+the mark is not kept: passes make it again, for all steps of a block at once.
+
+The mark is a named scope, which JAX carries along whenever a program is rewritten.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from jaxrnn._jaxpr import (
     Equation,
+    Program,
     Traced,
+    Var,
     bind,
     hides_product,
     inline,
     inner_equations,
+    is_free,
     program_of,
+    scopes,
     trace,
+    variables,
 )
-from jaxrnn._primitives import HEAVY, remat_p
+from jaxrnn._primitives import INLINED, remat_p
 
+_MARK = "jaxrnn.checkpoint"
 _KEEPS_NOTHING = (None, jax.checkpoint_policies.nothing_saveable)
+# They keep no less than `_residuals.py` does.
+_KEEPS_PRODUCTS = (
+    jax.checkpoint_policies.dots_saveable,
+    jax.checkpoint_policies.everything_saveable,
+)
 
 
 def through_checkpoints(traced: Traced, example: Sequence[Any]) -> Traced | None:
-    """A step without its checkpoints, or None if it has none, other products beside them or hidden.
+    """A step without its checkpoints, or None if it has none that can be seen through.
+
+    One that hides products, as in a loop, stays; and so does one with a policy of the user's own.
 
     Args:
         traced: `program(*consts, *args)`.
@@ -35,35 +50,58 @@ def through_checkpoints(traced: Traced, example: Sequence[Any]) -> Traced | None
     Returns:
         The same step, its consts first as before.
     """
-    equations = traced.program.equations
-    if not _has_one(equations) or any(map(_is_beside, equations)):
+    if not any(map(_holds_open, traced.program.equations)):
         return None
     step = trace(
-        lambda *args: inline(traced.program, *args, apply=_apply), *traced.consts, *example
+        lambda *args: inline(traced.program, *args, apply=_opened), *traced.consts, *example
     )
-    if any(map(hides_product, step.program.equations)):
-        return None
     consts = (*step.consts, *traced.consts)
     return step._replace(consts=consts, out_tree=traced.out_tree)
 
 
-def _has_one(equations: Iterable[Equation]) -> bool:
-    return any(_keeps_nothing(e) or _has_one(inner_equations(e)) for e in equations)
+def not_to_be_kept(program: Program) -> set[Var]:
+    """What a program without its checkpoints makes under one, but for the results of these."""
+    marked: set[Var] = set()
+    for equation in program.equations:
+        operands = variables(equation.invars)
+        arranged = is_free(equation) and operands and marked.issuperset(operands)
+        if arranged or _MARK in scopes(equation):
+            marked |= set(equation.outvars)
+    return marked
 
 
-def _is_beside(equation: Equation) -> bool:
-    """Whether `equation` is or holds a product, or the like, that is under no checkpoint."""
-    if _keeps_nothing(equation):
+def _holds_open(equation: Equation) -> bool:
+    inside = inner_equations(equation) if equation.primitive in INLINED else []
+    return _is_open(equation) or any(map(_holds_open, inside))
+
+
+def _is_open(equation: Equation) -> bool:
+    """Whether `equation` is a checkpoint to be seen through."""
+    if equation.primitive is not remat_p:
         return False
-    return equation.primitive in HEAVY or any(map(_is_beside, inner_equations(equation)))
+    known = equation.params["policy"] in _KEEPS_NOTHING + _KEEPS_PRODUCTS
+    return known and not any(map(_hides_product, inner_equations(equation)))
 
 
-def _apply(equation: Equation, values: Sequence[Any]) -> list[Any]:
-    if _keeps_nothing(equation):
-        return inline(program_of(equation.params["jaxpr"]), *values, apply=_apply)
-    return bind(equation, values)
+def _hides_product(equation: Equation) -> bool:
+    """Whether `equation` holds a product that is not there once all is seen through."""
+    if equation.primitive in INLINED or _is_open(equation):
+        return any(map(_hides_product, inner_equations(equation)))
+    return hides_product(equation)
 
 
-def _keeps_nothing(equation: Equation) -> bool:
-    """Whether `equation` is a checkpoint, and without a policy that has anything kept."""
-    return equation.primitive is remat_p and equation.params["policy"] in _KEEPS_NOTHING
+def _opened(equation: Equation, values: Sequence[Any]) -> list[Any]:
+    """The results of `equation`, without itself if it is a checkpoint."""
+    if not _is_open(equation):
+        return bind(equation, values)
+    inner = program_of(equation.params["jaxpr"])
+    results = set(variables(inner.outvars))
+
+    def marked(equation: Equation, values: Sequence[Any]) -> list[Any]:
+        if not results.isdisjoint(equation.outvars):
+            return _opened(equation, values)
+        with jax.named_scope(_MARK):
+            return _opened(equation, values)
+
+    keeps = equation.params["policy"] in _KEEPS_PRODUCTS
+    return inline(inner, *values, apply=_opened if keeps else marked)

@@ -95,8 +95,8 @@ def _report(
     kept = ""
     if way.remat:
         kept = " (rematerialised)"
-    elif way.steps.keeps_states:
-        kept = " (the states are kept)"
+    elif way.steps.forgets:
+        kept = " (what is under a checkpoint is made again)"
     how = "fused" if split.fused else "sequential"
     lines = [f'method "{how}" over {time} steps, in blocks of {block}{kept}']
     if results and in_one_loop(split.plan, steps) is not None:

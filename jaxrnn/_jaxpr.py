@@ -28,7 +28,6 @@ from jaxrnn._primitives import (
     PRODUCTS,
     RANDOM,
     SLOPE_BY_OUTPUT,
-    SMOOTH,
     TRANSCENDENTAL,
     conv_general_dilated_p,
     convert_element_type_p,
@@ -109,6 +108,11 @@ def at(equation: Equation) -> Iterator[None]:
     names = source_info_util.current_name_stack() + source.name_stack
     with source_info_util.user_context(source.traceback, name_stack=names), equation.ctx.manager:
         yield
+
+
+def scopes(equation: Equation) -> list[str]:
+    """The names of the scopes (`jax.named_scope`) that `equation` stands in."""
+    return str(equation.source_info.name_stack).split("/")
 
 
 def inline(program: Program, *args: Any, apply: Callable[..., list[Any]] = bind) -> list[Any]:
@@ -343,13 +347,6 @@ def is_transcendental(equation: Equation) -> bool:
     A square root counts.
     """
     return equation.primitive in TRANSCENDENTAL
-
-
-def is_smooth(equation: Equation) -> bool:
-    """Whether the derivative of `equation` is finite at all finite operands, if not too large."""
-    if equation.primitive in INLINED:
-        return all(map(is_smooth, inner_equations(equation)))
-    return equation.primitive in SMOOTH or equation.primitive is split_p()
 
 
 def is_of_another_width(equation: Equation) -> bool:

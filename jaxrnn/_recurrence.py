@@ -163,7 +163,7 @@ def _run(
 
     def rule(primals: Any, tangents: Any) -> Any:
         consts, carry, xs = primals
-        held = residuals(program, tangents, steps.keeps_states)
+        held = residuals(program, tangents, steps.forgets)
         new = program.outvars[:n_carry]
         keeping, given = program.cut(program.invars, [*new, *held.rows], program.equations), consts
         if any(map(has_own_rule, program.equations)):

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
+from jaxrnn._checkpoints import not_to_be_kept
 from jaxrnn._jaxpr import (
     Atom,
     Equation,
@@ -68,12 +69,12 @@ class Residuals(NamedTuple):
     moving: set[Var]
 
 
-def residuals(program: Program, tangents: Any, keeps_states: bool = False) -> Residuals:
+def residuals(program: Program, tangents: Any, forgets: bool = False) -> Residuals:
     """What to keep of each step of a body whose inputs have `tangents`: consts, carry, xs.
 
     The state before a step is what the step before it made, which may be a row already. A state
     that its step changes and then reads, such as a memory, is kept as it is read, unless what it
-    was before is needed, too. Of a step that `keeps_states` these are all.
+    was before is needed, too. Nothing else is kept under a checkpoint, if the step `forgets` that.
     """
     consts, carry, _ = map(len, tangents)
     # What has no tangent at any step is not differentiated: a step may not even have a derivative
@@ -83,7 +84,10 @@ def residuals(program: Program, tangents: Any, keeps_states: bool = False) -> Re
     moving = dependents_in_time(program, sources, consts, carry, through_tangents=True)
     old = program.invars[consts : consts + carry]
     new, ys = program.outvars[:carry], program.outvars[carry:]
-    kept = [] if keeps_states else _kept(program, program.invars[:consts], moving)
+    kept = _kept(program, program.invars[:consts], moving)
+    if forgets:
+        marked = not_to_be_kept(program)
+        kept = [v for v in kept if v not in marked]
     rows: list[Atom] = [*ys, *(v for v in kept if v not in ys)]
     for before, after in zip(old, new, strict=True):
         if before in rows or after in rows:

@@ -12,8 +12,9 @@ from jaxrnn import _arguments, _masking
 from jaxrnn._arguments import Operands, Options, Step
 from jaxrnn._block import time_first
 from jaxrnn._eager import is_jit_disabled, run_compiled
-from jaxrnn._jaxpr import is_smooth
+from jaxrnn._jaxpr import Equation, inner_equations
 from jaxrnn._placement import placed_as, zeros_of
+from jaxrnn._primitives import INLINED, SMOOTH, split_p
 from jaxrnn._scan import check_options, scan_along
 
 Array = jax.Array
@@ -274,7 +275,14 @@ def _trace_step(step: Step, inputs: PyTree, states: PyTree) -> tuple[PyTree, PyT
         results = trace(inputs, states)
         return *jax.eval_shape(lambda: results), is_state, False
     jaxpr, types = jax.make_jaxpr(trace, return_shape=True)(inputs, states)
-    return *types, is_state, all(map(is_smooth, jaxpr.eqns))
+    return *types, is_state, all(map(_is_smooth, jaxpr.eqns))
+
+
+def _is_smooth(equation: Equation) -> bool:
+    """Whether the derivative of `equation` is finite at all finite operands, if not too large."""
+    if equation.primitive in INLINED:
+        return all(map(_is_smooth, inner_equations(equation)))
+    return equation.primitive in SMOOTH or equation.primitive is split_p()
 
 
 def _initial_output(output_like: PyTree, states: PyTree) -> PyTree:

@@ -15,10 +15,10 @@ from jaxrnn._checkpoints import through_checkpoints
 from jaxrnn._choice import (
     block_length,
     fits_kernel,
+    is_soon_made_again,
     is_worthwhile,
     kernels_pay,
     recomputed_block,
-    states_suffice,
     steps_of,
 )
 from jaxrnn._eager import is_jit_disabled, run_compiled
@@ -113,7 +113,8 @@ class Split(NamedTuple):
     """A body after fission: the plan, what it closes over, and the first carry, flat.
 
     `traced` is the body before fission, `program(*traced.consts, *carry, *x)`; `fused` says whether
-    its recurrences are run as kernels, and `checkpointed` whether it was under `jax.checkpoint`.
+    its recurrences are run as kernels, and `checkpointed` whether some of it is under
+    `jax.checkpoint`.
     """
 
     plan: Plan
@@ -243,8 +244,7 @@ def way_of_gradient(split: Split, way: Way, chunk: int | str | None) -> Way:
     steps, _, remat = way
     if recomputed := recomputed_block(split.plan, steps.length, chunk, remat, split.fused):
         return Way(steps, recomputed, True)
-    keeps_states = split.checkpointed and not remat
-    return way._replace(steps=steps._replace(keeps_states=keeps_states))
+    return way._replace(steps=steps._replace(forgets=split.checkpointed and not remat))
 
 
 def _as_traced(results: Sequence[Array], traced: Traced) -> PyTree:
@@ -332,8 +332,8 @@ def split_body(
     chunk: int | str | None,
 ) -> Split | None:
     """A body, from `trace_body`, after fission, or None where the engine stands aside."""
-    whole = through_checkpoints(traced, [*carry, *x])
-    traced = share(whole or traced, [*carry, *x])
+    opened = through_checkpoints(traced, [*carry, *x])
+    traced = share(opened or traced, [*carry, *x])
     has_product = any(is_heavy(e) and is_movable(e) for e in traced.program.equations)
     if not has_product and not kernels_pay(method):
         return None
@@ -344,9 +344,9 @@ def split_body(
     fused = fits_kernel(plan, method)
     if method == "auto" and not fused:
         pays = is_worthwhile(plan, time, chunk)
-        if not pays or (whole is not None and not states_suffice(plan, time, chunk)):
+        if not pays or (opened is not None and not is_soon_made_again(plan, time, chunk)):
             return None
-    return Split(plan, consts, carry, traced, fused, checkpointed=whole is not None)
+    return Split(plan, consts, carry, traced, fused, checkpointed=opened is not None)
 
 
 def _is_kernel(

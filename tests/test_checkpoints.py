@@ -1,4 +1,6 @@
-"""Steps under `jax.checkpoint`: taken apart all the same, with nothing kept but their states."""
+"""Checkpoints in a step: it is taken apart all the same, and what is under them is not kept."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ import jaxrnn
 BATCH, TIME, UNITS = 2, 8, 64
 SPLIT = {"method": "sequential", "chunk": 4}
 CHECKPOINT = primitive_of(jax.checkpoint(jnp.sin), 1.0)
-LOGISTIC = primitive_of(lax.logistic, 1.0)
+LOGISTIC, TANH = (primitive_of(f, 1.0) for f in (lax.logistic, jnp.tanh))
 
 
 def lstm(params, carry, x):
@@ -81,11 +83,23 @@ def test_results_and_derivatives_are_those_of_lax_scan(flags, reverse):
     assert_same(*tangents, scale=10)
 
 
+def test_a_step_whose_policy_keeps_its_products_is_taken_apart_as_without():
+    plain = str(jax.make_jaxpr(gradient(run(jaxrnn.scan, lambda f: f, **SPLIT)))(*operands()))
+    for policy in ("dots_saveable", "everything_saveable"):
+        under = functools.partial(jax.checkpoint, policy=getattr(jax.checkpoint_policies, policy))
+        function = run(jaxrnn.scan, under, **SPLIT)
+        assert str(jax.make_jaxpr(gradient(function))(*operands())) == plain
+
+
 @pytest.mark.parametrize(
-    "policy", ["everything_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"]
+    "policy",
+    [
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names("gates"),
+    ],
+    ids=["no_batch_dims", "names"],
 )
-def test_what_a_policy_keeps_is_left_to_it(policy):
-    policy = getattr(jax.checkpoint_policies, policy)
+def test_what_another_policy_keeps_is_left_to_it(policy):
     function = run(jaxrnn.scan, lambda f: jax.checkpoint(f, policy=policy))
     program = jax.make_jaxpr(function)(*operands())
     assert [e.params["policy"] for e, _ in equations(program) if e.primitive is CHECKPOINT] == [
@@ -93,19 +107,63 @@ def test_what_a_policy_keeps_is_left_to_it(policy):
     ]
 
 
-def test_a_checkpoint_beside_other_products_stays_one():
-    """Its author means that part alone."""
+def beside(scan, under, part, **flags):
+    """An LSTM, `under` a checkpoint, and `part`, of `(params, h)`, beside it."""
 
-    def body(params, carry, x):
-        carry, y = jax.checkpoint(lambda carry, x: lstm(params, carry, x))(carry, x)
-        return carry, y @ params["u"]
+    def run(params, carry, xs):
+        def body(carry, x):
+            carry, h = under(lambda carry, x: lstm(params, carry, x))(carry, x)
+            return carry, jnp.sin(part(params, h))
 
-    params, carry, xs = operands()
-    program = jax.make_jaxpr(
-        lambda params, carry, xs: jaxrnn.scan(lambda c, x: body(params, c, x), carry, xs, **SPLIT)
-    )(params, carry, xs)
-    under = [e for e, _ in equations(program) if e.primitive is CHECKPOINT]
-    assert [n for n in (count(e.params["jaxpr"], LOGISTIC) for e in under) if n] == [3]
+        return scan(body, carry, xs, **flags)
+
+    return run
+
+
+def narrow(params, h):
+    return h @ params["u"][:, :8]
+
+
+def in_a_branch(params, h):
+    return lax.cond(h[0, 0] > 0, narrow, lambda _, h: h[:, :8], params, h)
+
+
+def in_a_loop(params, h):
+    return lax.fori_loop(0, 2, lambda _, h: jnp.tanh(h @ params["u"][:, :UNITS]), h)
+
+
+@pytest.mark.parametrize("part", [narrow, in_a_branch, in_a_loop])
+def test_the_products_under_a_checkpoint_leave_the_loop_whatever_is_beside_it(part):
+    """As many products in the loops as without the checkpoint, and the same results."""
+    given = operands()
+    ours, without, plain = (
+        beside(scan, under, part, **flags)
+        for scan, under, flags in (
+            (jaxrnn.scan, jax.checkpoint, SPLIT),
+            (jaxrnn.scan, lambda f: f, SPLIT),
+            (lax.scan, jax.checkpoint, {}),
+        )
+    )
+    for of in (lambda f: f, gradient):
+        with_it, without_it = (
+            sum(products_in_innermost_loops(jax.make_jaxpr(of(f))(*given))) for f in (ours, without)
+        )
+        assert with_it == without_it
+    assert_same(jax.jit(ours)(*given), jax.jit(plain)(*given))
+    assert_same(jax.jit(gradient(ours))(*given), jax.jit(gradient(plain))(*given), scale=10)
+
+
+def test_a_checkpoint_that_hides_a_product_stays_and_others_do_not():
+    def run(params, carry, xs):
+        def body(carry, x):
+            carry, h = jax.checkpoint(lambda carry, x: lstm(params, carry, x))(carry, x)
+            return carry, jax.checkpoint(in_a_loop)(params, h)
+
+        return jaxrnn.scan(body, carry, xs, **SPLIT)
+
+    program = jax.make_jaxpr(run)(*operands())
+    under = [e.params["jaxpr"] for e, _ in equations(program) if e.primitive is CHECKPOINT]
+    assert [count(inside, LOGISTIC) for inside in under if count(inside, TANH)] == [0]
 
 
 def pairs(params, alpha, x):
@@ -127,6 +185,21 @@ def test_steps_that_make_much_more_than_their_states_are_left_alone():
     assert products_in_innermost_loops(program) == [1]
 
 
+def test_what_is_the_same_at_every_step_is_not_made_again():
+    """A normalised weight, much larger than the states, is no reason to leave a step alone."""
+
+    def run(params, h, xs):
+        def body(h, x):
+            u = params["u"] / jnp.linalg.norm(params["u"], axis=0)
+            return jnp.tanh(x @ params["w"] + h @ u), None
+
+        return jaxrnn.scan(jax.checkpoint(body), h, xs)[0]
+
+    params = {"w": jnp.ones((1, UNITS)), "u": jnp.ones((UNITS, UNITS))}
+    program = jax.make_jaxpr(run)(params, jnp.ones((1, UNITS)), jnp.ones((64, 1, 1)))
+    assert count(program, CHECKPOINT) == 0
+
+
 def test_masked_steps_of_rnn_are_taken_apart():
     params, (h, c), xs = operands()
     mask = np.arange(TIME) < np.array([[TIME], [3]])
@@ -144,7 +217,7 @@ def test_masked_steps_of_rnn_are_taken_apart():
     assert_same(run(jax.checkpoint(step))(xs), run(step)(xs))
 
 
-def test_explain_says_that_the_states_are_kept():
+def test_explain_says_what_is_not_kept():
     params, (h, c), xs = operands()
 
     @jax.checkpoint
@@ -153,4 +226,4 @@ def test_explain_says_that_the_states_are_kept():
         return y, list(carry)
 
     report = jaxrnn.explain(step, jnp.moveaxis(xs, 0, 1), [h, c], method="sequential")
-    assert "the states are kept" in report.splitlines()[0]
+    assert "what is under a checkpoint is made again" in report.splitlines()[0]

@@ -91,6 +91,26 @@ def test_under_a_checkpoint_states_are_kept_and_nothing_else():
     assert per_step(jaxrnn.scan, lambda f: f) >= 5 * state
 
 
+def test_beside_a_checkpoint_products_are_kept_as_ever():
+    """Nothing under it but the states of an LSTM, and beside it 8 numbers for each sample."""
+    narrow = 0.1 * jnp.ones((UNITS, 8))
+
+    def per_step(under):
+        def scan(body, *operands):
+            def step(carry, x):
+                carry, h = under(body)(carry, x)
+                return carry, jnp.sin(h @ narrow)
+
+            return jaxrnn.scan(step, *operands)
+
+        short, long = (kept_bytes(scan, time) for time in (16, 80))
+        return (long - short) / 64
+
+    states, part, gates = (BATCH * n * 4 for n in (2 * UNITS, 8, 4 * UNITS))
+    assert states + part <= per_step(jax.checkpoint) <= states + part + 8
+    assert per_step(lambda f: f) >= states + part + gates
+
+
 def test_rematerialised_blocks_keep_their_boundaries():
     time, chunk = 256, 16
     kept = kept_bytes(jaxrnn.scan, time, chunk=chunk, remat=True)
