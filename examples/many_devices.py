@@ -54,14 +54,11 @@ def main(arguments=None):
         return join(options)
 
     simulate_devices(DEVICES)
-    losses = {"1 device": train(jax.devices()[:1], options.steps, "1 device")}
-    losses["8 devices"] = train(jax.devices(), options.steps, "8 devices")
-    losses["2 processes"], counts = spawn(options.steps)
-    counts = {
-        "8 devices": collectives(jax.devices(), "auto"),
-        "2 processes": counts,
-        "lax.scan": collectives(jax.devices(), "lax"),
-    }
+    losses, counts = {}, {}
+    losses["1 device"], _ = train(jax.devices()[:1], options.steps, "1 device")
+    losses["8 devices"], counts["8 devices"] = train(jax.devices(), options.steps, "8 devices")
+    losses["2 processes"], counts["2 processes"] = spawn(options.steps)
+    counts["lax.scan"] = count_collectives(compiled_update(jax.devices(), "lax"))
     draw(losses, counts, options.output)
     print(f"loss curves and collectives per step: {options.output}")
     return report(losses, counts)
@@ -74,8 +71,13 @@ def simulate_devices(count):
 
 
 def train(devices, steps, label):
-    """The losses `[steps]` of training on `devices`, and those of other processes among them."""
+    """Trains on `devices`, those of other processes among them.
+
+    Returns:
+        The losses `[steps]`, and how many collectives of each kind run in one step.
+    """
     whole, by_batch = layouts(devices)
+    run = compiled_update(devices, "auto")
     params, optimizer_state = jax.jit(init, out_shardings=whole)(jax.random.key(0))
     losses = []
     quiet = jax.process_index() > 0
@@ -83,9 +85,9 @@ def train(devices, steps, label):
         batch = jax.tree.map(
             partial(jax.make_array_from_process_local_data, by_batch), make_samples(step)
         )
-        params, optimizer_state, loss = update("auto", params, optimizer_state, batch)
+        params, optimizer_state, loss = run(params, optimizer_state, batch)
         losses.append(float(loss))
-    return np.array(losses)
+    return np.array(losses), count_collectives(run)
 
 
 def layouts(devices):
@@ -111,6 +113,20 @@ def make_samples(step):
     sums = (inputs[..., 0] * inputs[..., 1]).sum(axis=1)
     mine = np.array_split(rows, jax.process_count())[jax.process_index()]
     return inputs[mine], sums[mine]
+
+
+def compiled_update(devices, method):
+    """`update`, compiled for `devices`."""
+    whole, by_batch = layouts(devices)
+    state = jax.jit(init, out_shardings=whole).eval_shape(jax.random.key(0))
+    shapes = tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in ((BATCH, TIME, 2), (BATCH,)))
+
+    def place(sharding, tree):
+        return jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), tree
+        )
+
+    return update.lower(method, *place(whole, state), place(by_batch, shapes)).compile()
 
 
 @partial(jax.jit, static_argnums=0)
@@ -155,32 +171,17 @@ def join(options):
     simulate_devices(DEVICES // PROCESSES)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(options.coordinator, PROCESSES, options.process)
-    losses = train(jax.devices(), options.steps, f"{PROCESSES} processes")
-    found = {"losses": losses.tolist(), "collectives": collectives(jax.devices(), "auto")}
+    losses, counts = train(jax.devices(), options.steps, f"{PROCESSES} processes")
+    found = {"losses": losses.tolist(), "collectives": counts}
     jax.distributed.shutdown()
     print(json.dumps(found))
     return 0
 
 
-def collectives(devices, method):
-    """How many collectives of each kind run in one training step."""
-    whole, by_batch = layouts(devices)
-    state = jax.jit(init, out_shardings=whole).eval_shape(jax.random.key(0))
-    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((BATCH, TIME, 2), (BATCH,))]
-
-    def place(sharding, tree):
-        return jax.tree.map(
-            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), tree
-        )
-
-    compiled = update.lower(method, *place(whole, state), place(by_batch, shapes)).compile()
-    return count_collectives(compiled.as_text())
-
-
-def count_collectives(program):
-    """Collectives that a compiled program runs: those in a loop count once per iteration."""
+def count_collectives(compiled):
+    """Collectives that a compiled function runs: those in a loop count once per iteration."""
     computations = {}
-    for line in program.splitlines():
+    for line in compiled.as_text().splitlines():
         if header := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
             lines = computations[header[2]] = []
             if header[1]:
