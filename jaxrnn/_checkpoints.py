@@ -17,6 +17,7 @@ from jaxrnn._jaxpr import (
     Program,
     Traced,
     Var,
+    at,
     bind,
     hides_product,
     inline,
@@ -104,4 +105,5 @@ def _opened(equation: Equation, values: Sequence[Any]) -> list[Any]:
             return _opened(equation, values)
 
     keeps = equation.params["policy"] in _KEEPS_PRODUCTS
-    return inline(inner, *values, apply=_opened if keeps else marked)
+    with at(equation):
+        return inline(inner, *values, apply=_opened if keeps else marked)

@@ -144,12 +144,13 @@ def test_products_with_weights_split_over_an_explicit_mesh():
 
 
 @pytest.mark.parametrize("flags", [{}, {"chunk": 2}])
-def test_profiles_name_the_scopes_of_the_step(flags):
+@pytest.mark.parametrize("under", [lambda f: f, jax.checkpoint], ids=["", "checkpoint"])
+def test_profiles_name_the_scopes_of_the_step(under, flags):
     """Those of products that left the loop, were merged or are differentiated, too."""
 
     def step(h, x):
         with jax.named_scope("joined"):
-            z = jnp.concatenate([x, h], 1) @ jnp.concatenate([U, U])
+            z = under(lambda h, x: jnp.concatenate([x, h], 1) @ jnp.concatenate([U, U]))(h, x)
         with jax.named_scope("merged"):
             a, b = h @ U, h @ (2 * U)
         with jax.named_scope("gates"):
