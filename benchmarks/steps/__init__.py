@@ -32,6 +32,7 @@ STEPS = (
     Step("Elman", gated.elman, (TINY, ONE, NARROW, MEDIUM, LARGE)),
     Step("LSTM", gated.lstm, (TINY, ONE, NARROW, MEDIUM, LARGE)),
     Step("LSTM under a checkpoint", gated.lstm_checkpointed, (NARROW, MEDIUM)),
+    Step("LSTM, checkpoint in part", gated.lstm_checkpointed_in_part, (NARROW, MEDIUM)),
     Step("LSTM, four matmuls", gated.lstm_four_matmuls, (TINY, MEDIUM)),
     Step("LSTM, concatenating", gated.lstm_concatenating, (TINY, MEDIUM)),
     Step("LSTM, columns under vmap", gated.lstm_columns, (ONE, NARROW, MEDIUM)),

@@ -81,6 +81,22 @@ def lstm_checkpointed(draw: Draw, size: Size) -> Loop:
     return lstm(draw, size, jax.checkpoint)
 
 
+def lstm_checkpointed_in_part(draw: Draw, size: Size) -> Loop:
+    """Of the cell nothing but the states is to be kept; a readout is beside it."""
+    B, T, D, H = size
+    cell = jax.checkpoint(lstm_cell)
+
+    def body(p):
+        def step(carry, x):
+            h, c = cell(p["cell"], x, *carry)
+            return (h, c), h @ p["readout"]
+
+        return step
+
+    params = {"cell": draw.gates(4, D, H), "readout": draw.normal(H, D, scale=H**-0.5)}
+    return loop(body, params, (draw.normal(B, H), draw.normal(B, H)), draw.normal(T, B, D))
+
+
 def lstm_four_matmuls(draw: Draw, size: Size) -> Loop:
     """Every gate with weights of its own."""
     B, T, D, H = size
