@@ -11,7 +11,7 @@ from jax import lax
 
 from jaxrnn._algebra import simplify
 from jaxrnn._block import Steps, over_blocks, run_plain, time_first
-from jaxrnn._checkpoints import through_checkpoints
+from jaxrnn._checkpoints import not_to_be_kept, through_checkpoints
 from jaxrnn._choice import (
     block_length,
     fits_kernel,
@@ -113,8 +113,8 @@ class Split(NamedTuple):
     """A body after fission: the plan, what it closes over, and the first carry, flat.
 
     `traced` is the body before fission, `program(*traced.consts, *carry, *x)`; `fused` says whether
-    its recurrences are run as kernels, and `checkpointed` whether some of it is under
-    `jax.checkpoint`.
+    its recurrences are run as kernels, and `checkpointed` whether there is something under
+    `jax.checkpoint` that is not to be kept.
     """
 
     plan: Plan
@@ -342,11 +342,12 @@ def split_body(
     consts = (*body.consts, *traced.consts)
     plan = fission(body.program, len(consts), len(carry))
     fused = fits_kernel(plan, method)
+    checkpointed = bool(not_to_be_kept(plan.body))
     if method == "auto" and not fused:
         pays = is_worthwhile(plan, time, chunk)
-        if not pays or (opened is not None and not is_soon_made_again(plan, time, chunk)):
+        if not pays or (checkpointed and not is_soon_made_again(plan, time, chunk)):
             return None
-    return Split(plan, consts, carry, traced, fused, checkpointed=opened is not None)
+    return Split(plan, consts, carry, traced, fused, checkpointed)
 
 
 def _is_kernel(
