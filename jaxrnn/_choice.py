@@ -222,13 +222,13 @@ def is_soon_made_again(plan: Plan, time: int, chunk: int | str | None) -> bool:
     """Whether passes soon make what is under a checkpoint, for all steps of a block at once.
 
     Measured on a CPU, where `lax.scan` runs that again step by step: gradients of 38 kinds of steps
-    that were whole under one were 1.0 to 5 times as fast by passes, 1.4 in the mean, and random
-    networks with one in them 0.9 to 2.8 times, 1.46 in the mean. Not so if they make much more than
-    they take, in a cache that a pass does not fit into (a hidden Markov model, 0.85 to 0.97), or
-    read large memories (test-time training, 0.7 to 1.1).
+    were 1.0 to 5 times as fast (1.4 in the mean), of random networks 0.9 to 2.8 times. Not so if it
+    makes much more than the states, in a cache that a pass does not fit into (a hidden Markov
+    model, 0.85 to 0.97), or reads large memories (test-time training, 0.7 to 1.1).
     """
-    states = _bytes_of_states(plan)
-    marked = not_to_be_kept(plan.body)
+    marked, states = not_to_be_kept(plan.body), _bytes_of_states(plan)
+    if not marked:
+        return True
     made = (v for e in plan.body.equations if not is_free(e) for v in e.outvars)
     if _largest(v for v in made if v in marked and plan.times[v] != -1) >= 32 * states:
         return False

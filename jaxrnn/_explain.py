@@ -12,6 +12,7 @@ from jax import lax
 from jaxrnn import _jaxpr, _rnn
 from jaxrnn._arguments import Step
 from jaxrnn._block import run_plain, time_first
+from jaxrnn._checkpoints import not_to_be_kept
 from jaxrnn._choice import block_length, results_block, steps_of
 from jaxrnn._fission import Plan
 from jaxrnn._gains import only_for_gradients
@@ -95,7 +96,7 @@ def _report(
     kept = ""
     if way.remat:
         kept = " (rematerialised)"
-    elif way.steps.forgets:
+    elif not_to_be_kept(split.plan.body):
         kept = " (what is under a checkpoint is made again)"
     how = "fused" if split.fused else "sequential"
     lines = [f'method "{how}" over {time} steps, in blocks of {block}{kept}']

@@ -61,6 +61,8 @@ def run_split(
     remat: bool,
 ) -> tuple[list[Array], list[Array]]:
     """As `run_in_place`, but differentiable; `remat` as in `over_blocks`."""
+    # Of a block that is run again all is kept for that long, or it would be made a third time.
+    steps = steps._replace(forgets=not remat)
     invariant = run_invariant(plan, consts)
     fixed, program = _varying(plan)
     hidden = any(map(hides_product, program.equations))

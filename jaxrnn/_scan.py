@@ -11,7 +11,7 @@ from jax import lax
 
 from jaxrnn._algebra import simplify
 from jaxrnn._block import Steps, over_blocks, run_plain, time_first
-from jaxrnn._checkpoints import not_to_be_kept, through_checkpoints
+from jaxrnn._checkpoints import through_checkpoints
 from jaxrnn._choice import (
     block_length,
     fits_kernel,
@@ -113,8 +113,7 @@ class Split(NamedTuple):
     """A body after fission: the plan, what it closes over, and the first carry, flat.
 
     `traced` is the body before fission, `program(*traced.consts, *carry, *x)`; `fused` says whether
-    its recurrences are run as kernels, and `checkpointed` whether there is something under
-    `jax.checkpoint` that is not to be kept.
+    its recurrences are run as kernels.
     """
 
     plan: Plan
@@ -122,7 +121,6 @@ class Split(NamedTuple):
     carry: list[Any]
     traced: Traced
     fused: bool
-    checkpointed: bool
 
 
 class Way(NamedTuple):
@@ -244,7 +242,7 @@ def way_of_gradient(split: Split, way: Way, chunk: int | str | None) -> Way:
     steps, _, remat = way
     if recomputed := recomputed_block(split.plan, steps.length, chunk, remat, split.fused):
         return Way(steps, recomputed, True)
-    return way._replace(steps=steps._replace(forgets=split.checkpointed and not remat))
+    return way
 
 
 def _as_traced(results: Sequence[Array], traced: Traced) -> PyTree:
@@ -342,12 +340,11 @@ def split_body(
     consts = (*body.consts, *traced.consts)
     plan = fission(body.program, len(consts), len(carry))
     fused = fits_kernel(plan, method)
-    checkpointed = bool(not_to_be_kept(plan.body))
     if method == "auto" and not fused:
         pays = is_worthwhile(plan, time, chunk)
-        if not pays or (checkpointed and not is_soon_made_again(plan, time, chunk)):
+        if not pays or not is_soon_made_again(plan, time, chunk):
             return None
-    return Split(plan, consts, carry, traced, fused, checkpointed)
+    return Split(plan, consts, carry, traced, fused)
 
 
 def _is_kernel(

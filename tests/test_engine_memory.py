@@ -47,6 +47,12 @@ def kept_bytes(scan, time, make="lstm_split", **flags):
     return sum(leaf.nbytes for pointer, leaf in leaves.items() if pointer not in known)
 
 
+def kept_per_step(scan):
+    """Those bytes that grow with the number of steps, for each of them."""
+    short, long = (kept_bytes(scan, time) for time in (16, 80))
+    return (long - short) / 64
+
+
 def scratch_bytes(scan, time, **flags):
     """Scratch memory of the compiled gradient of a loss on the last state."""
     run, operands = problem(time)
@@ -79,10 +85,7 @@ def test_under_a_checkpoint_states_are_kept_and_nothing_else():
     """That is the cell's state of an LSTM, of which the other is the output."""
 
     def per_step(scan, under=jax.checkpoint):
-        short, long = (
-            kept_bytes(lambda body, *a: scan(under(body), *a), time) for time in (16, 80)
-        )
-        return (long - short) / 64
+        return kept_per_step(lambda body, *a: scan(under(body), *a))
 
     state = BATCH * UNITS * 4
     ours, theirs = per_step(jaxrnn.scan), per_step(lax.scan)
@@ -103,8 +106,7 @@ def test_beside_a_checkpoint_products_are_kept_as_ever():
 
             return jaxrnn.scan(step, *operands)
 
-        short, long = (kept_bytes(scan, time) for time in (16, 80))
-        return (long - short) / 64
+        return kept_per_step(scan)
 
     states, part, gates = (BATCH * n * 4 for n in (2 * UNITS, 8, 4 * UNITS))
     assert states + part <= per_step(jax.checkpoint) <= states + part + 8
