@@ -26,17 +26,21 @@ def describe(device: str) -> dict[str, str | int]:
 
 
 def slug(machine: dict[str, str | int]) -> str:
-    """The machine's name in a file name: "cpu-amd-epyc", "nvidia-h200"."""
+    """The machine's name in a file name: "cpu-amd-epyc-family-25-model-17", "nvidia-h200"."""
     device = str(machine["device"])
     name = f"{device} {machine['cpu']}" if device == "cpu" else device
-    name = re.sub(r"\((r|tm)\)|\bprocessor\b|@.*", "", name.lower())
+    name = re.sub(r"\((r|tm)\)|\bprocessor\b|@ *\S+", "", name.lower())
     return "-".join(re.findall(r"[a-z0-9]+", name))
 
 
 def _cpu_model() -> str:
+    """What the processor calls itself, with its numbers: a virtual one may hide which it is."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    pairs = (line.partition(":") for line in reversed(lines))
+    first = {key.strip(): value.strip() for key, _, value in pairs}
+    if "model name" not in first:
+        return platform.processor()
+    return "{model name} (family {cpu family}, model {model})".format_map(first)
 
 
 def _gpu() -> dict[str, str]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import cases, clock, gpu_tables, peers, problem, render, results
+from benchmarks import cases, clock, gpu_tables, machine, peers, problem, render, results
 from benchmarks.naive import NAIVE, STATES
 from benchmarks.pool import WorkerError, workers
 from benchmarks.steps import STEPS, Draw, Size, gradient_of, random_step
@@ -163,6 +163,17 @@ MILLISECONDS = {
     ("jaxrnn", "naive"): 5.0,
     ("jaxrnn", "cell"): 4.0,
 }
+
+
+def test_machines_that_call_themselves_the_same_have_files_of_their_own():
+    def slug(model):
+        cpu = f"Maker(R) Chip(TM) 9 Processor @ 2.20GHz (family 25, model {model})"
+        return machine.slug({"device": "cpu", "cpu": cpu})
+
+    assert slug(1) == "cpu-maker-chip-9-family-25-model-1"
+    assert slug(17) == "cpu-maker-chip-9-family-25-model-17"
+
+
 MACHINE = {"device": "cpu", "cpu": "Example 9000", "cores": 2, "system": "Linux", "python": "3"}
 
 
