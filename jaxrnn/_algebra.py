@@ -63,6 +63,9 @@ from jaxrnn._units import bind_without_units
 
 Array = Any
 
+# Values that wait for one another are computed by recursion: so many at most.
+_DEEPEST = 32
+
 
 def simplify(
     program: Program,
@@ -153,7 +156,10 @@ class _Rewriter:
     def _apply(self, equation: Equation, env: dict[Var, _lazy.Value]) -> list[_lazy.Value]:
         rewritten = self._rewritten(equation, env)
         if rewritten is not None:
-            return rewritten
+            return [
+                _lazy.Value(value.stage, value.array) if value.depth > _DEEPEST else value
+                for value in rewritten
+            ]
         stage = max((env[v].stage for v in variables(equation.invars)), default=-1)
         outs = bind(equation, [self._array(env, atom) for atom in equation.invars])
         return [_lazy.Value(stage, out) for out in outs]

@@ -78,15 +78,20 @@ def _holds_open(equation: Equation) -> bool:
 
 def _is_open(equation: Equation) -> bool:
     """Whether `equation` is a checkpoint to be seen through."""
-    if equation.primitive is not remat_p:
-        return False
-    known = equation.params["policy"] in _KEEPS_NOTHING + _KEEPS_PRODUCTS
-    return known and not any(map(_hides_product, inner_equations(equation)))
+    return _may_be_open(equation) and not any(map(_hides_product, inner_equations(equation)))
+
+
+def _may_be_open(equation: Equation) -> bool:
+    known = _KEEPS_NOTHING + _KEEPS_PRODUCTS
+    return equation.primitive is remat_p and equation.params["policy"] in known
 
 
 def _hides_product(equation: Equation) -> bool:
-    """Whether `equation` holds a product that is not there once all is seen through."""
-    if equation.primitive in INLINED or _is_open(equation):
+    """Whether `equation` holds a product that is not there once all is seen through.
+
+    A checkpoint that stays closed is closed by such a product, too, and so need not be told apart.
+    """
+    if equation.primitive in INLINED or _may_be_open(equation):
         return any(map(_hides_product, inner_equations(equation)))
     return hides_product(equation)
 

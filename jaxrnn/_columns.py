@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from jaxrnn._jaxpr import Atom, Equation, Literal, Program, Var, bind, read, shape
+from jaxrnn._jaxpr import Atom, Equation, Literal, Program, Var, bind, read, shape, variables
 from jaxrnn._primitives import (
     IN_KERNELS,
     broadcast_in_dim_p,
@@ -25,6 +25,10 @@ from jaxrnn._primitives import (
 Array = jax.Array
 
 
+# A cut is moved up by recursion, through so many operations at most.
+_DEEPEST = 100
+
+
 class MisfitError(ValueError):
     """Why a recurrence fits no kernel."""
 
@@ -35,6 +39,8 @@ def in_columns(program: Program, *args: Array) -> list[Array]:
     Raises:
         MisfitError: where it can't be moved.
     """
+    if _depth(program) > _DEEPEST:
+        raise MisfitError(f"more than {_DEEPEST} operations of it wait for one another")
     env: dict[Atom, Any] = dict(zip(program.invars, args, strict=True))
     made = {v: e for e in program.equations for v in e.outvars}
     known: dict[tuple[Var, int, int], Array] = {}
@@ -94,6 +100,15 @@ def in_columns(program: Program, *args: Array) -> list[Array]:
             results = bind(equation, [read(env, a) for a in equation.invars])
         env.update(zip(equation.outvars, results, strict=True))
     return [read(env, a) for a in program.outvars]
+
+
+def _depth(program: Program) -> int:
+    """The number of operations of which each waits for the one before."""
+    depths: dict[Atom, int] = {}
+    for equation in program.equations:
+        depth = 1 + max((depths.get(v, 0) for v in variables(equation.invars)), default=0)
+        depths |= dict.fromkeys(equation.outvars, depth)
+    return max(depths.values(), default=0)
 
 
 def _cut_of(equation: Equation, v: Var) -> tuple[int, int] | None:

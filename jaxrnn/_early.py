@@ -65,33 +65,33 @@ def carried(
 def _shift(program: Program, consts: int, carry: int) -> Program:
     """What is to be made a step early, `(consts, carry) -> (shifted, ...)`."""
     before = program.invars[: consts + carry]
-    moving, shifted = set(before[consts:]), []
-    needs: dict[Var, set[Var]] = {v: set() for v in before}  # what is to be made, itself included
+    known, moving, costly = set(before), set(before[consts:]), _leading_to_costly(program)
+    shifted: list[Var] = []
     for equation in program.equations if is_lone_cpu() else ():
         operands = variables(equation.invars)
-        if equation.primitive in ARRANGING and needs.keys() >= set(operands):
+        if equation.primitive in ARRANGING and known.issuperset(operands):
             (made,) = equation.outvars
-            needs[made] = {made}.union(*(needs[v] for v in operands))
+            known.add(made)
             if moving.intersection(operands):
                 moving.add(made)
-                if equation.primitive in (pad_p, concatenate_p) and _leads_to_costly(program, made):
+                if equation.primitive in (pad_p, concatenate_p) and made in costly:
                     shifted.append(made)
-    needed = set[Var]().union(*(needs[v] for v in shifted))
-    return program.cut(
-        before, shifted, (e for e in program.equations if needed.intersection(e.outvars))
-    )
+    needed, equations = set(shifted), list[Equation]()
+    for equation in reversed(program.equations):
+        if needed.intersection(equation.outvars):
+            needed.update(variables(equation.invars))
+            equations.append(equation)
+    return program.cut(before, shifted, reversed(equations))
 
 
-def _leads_to_costly(program: Program, value: Var) -> bool:
-    """Whether `value` comes into an exponential or the like, and that not through a product."""
-    reached = {value}
-    for equation in program.equations:
-        if reached.intersection(variables(equation.invars)):
-            if _is_costly(equation):
-                return True
-            if not is_heavy(equation):
-                reached.update(variables(equation.outvars))
-    return False
+def _leading_to_costly(program: Program) -> set[Var]:
+    """What comes into an exponential or the like, and that not through a product."""
+    leading: set[Var] = set()
+    for equation in reversed(program.equations):
+        passes_on = not is_heavy(equation) and not leading.isdisjoint(equation.outvars)
+        if passes_on or _is_costly(equation):
+            leading.update(variables(equation.invars))
+    return leading
 
 
 def _is_costly(equation: Equation) -> bool:

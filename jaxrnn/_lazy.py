@@ -21,10 +21,14 @@ Array = Any
 
 
 class Value:
-    """A value of the interpreter, `stage` being the time at which it can be known."""
+    """A value of the interpreter, `stage` being the time at which it can be known.
 
-    def __init__(self, stage: int, array: Array | None = None):
+    `depth` is how many values wait for one another, at most, until this one is computed.
+    """
+
+    def __init__(self, stage: int, array: Array | None = None, waits_for: Sequence["Value"] = ()):
         self.stage, self._array = stage, array
+        self.depth: int = 1 + max(value.depth for value in waits_for) if waits_for else 0
 
     @property
     def array(self) -> Array:
@@ -63,7 +67,7 @@ class Sum(Value):
                 part if other is None else Value(part.stage, self._total([other, part]))
             )
         self.parts = [by_stage[stage] for stage in sorted(by_stage)]
-        super().__init__(self.parts[-1].stage)
+        super().__init__(self.parts[-1].stage, waits_for=self.parts)
 
     def _compute(self) -> Array:
         return self._total(self.parts)
@@ -87,7 +91,7 @@ class Sum(Value):
 
 class Concatenation(Value):
     def __init__(self, parts: Sequence[Value], axis: int):
-        super().__init__(max(part.stage for part in parts))
+        super().__init__(max(part.stage for part in parts), waits_for=parts)
         self.parts, self.axis = parts, axis
 
     def _compute(self) -> Array:
@@ -98,7 +102,7 @@ class Map(Value):
     """An elementwise operation on a sum of early and late parts, of which only ranges are read."""
 
     def __init__(self, operands: Sequence[Value], equation: Equation):
-        super().__init__(max(value.stage for value in operands))
+        super().__init__(max(value.stage for value in operands), waits_for=operands)
         self.operands, self.equation = operands, equation
 
     def _compute(self) -> Array:
@@ -125,7 +129,7 @@ class Product(Value):
     """
 
     def __init__(self, lhs: Value, rhs: Array, equation: Equation, least: int = 0):
-        super().__init__(lhs.stage)
+        super().__init__(lhs.stage, waits_for=[lhs])
         self.lhs, self.rhs, self.equation, self.least = lhs, rhs, equation, least
 
     def _compute(self) -> Array:

@@ -1,5 +1,6 @@
 """The step is traced a few times at most, and not at all when the same call comes again."""
 
+import functools
 import gc
 import tracemalloc
 import weakref
@@ -243,3 +244,55 @@ def test_no_tracer_leaks():
     with checking_leaks():
         jax.grad(loss)(jax.tree.map(jnp.asarray, arguments.params))
         jax.jit(jax.grad(loss))(arguments.params)
+
+
+def split_late(step_count):
+    def body(h, x):
+        z = x @ np.full((2, 8), 0.1, np.float32) + h
+        for _ in range(step_count):
+            z = jnp.tanh(z)
+        a, b = jnp.split(z, 2, axis=-1)
+        return jnp.concatenate([a @ np.full((4, 4), 0.1, np.float32), b], -1), a
+
+    return body, 8
+
+
+def joined_often(step_count):
+    def body(h, x):
+        z, joined = x @ np.full((2, 2), 0.1, np.float32), h
+        for _ in range(step_count):
+            joined = jnp.concatenate([joined, z], -1)
+        return jnp.tanh(joined[:, -2:] + joined[:, :2] @ np.eye(2, dtype=np.float32)), z
+
+    return body, 2
+
+
+def checkpoints_in_each_other(depth):
+    def wrapped(h, x, depth):
+        inner = functools.partial(wrapped, depth=depth - 1)
+        return jax.checkpoint(inner)(h, x) if depth else jnp.tanh(x @ np.eye(2) + h)
+
+    def body(h, x):
+        h = wrapped(h, x, depth)
+        return h, h
+
+    return body, 2
+
+
+# More than the depth of Python's stack; and of which twice as long for each one more never ends.
+@pytest.mark.parametrize(
+    "case",
+    [split_late(350), joined_often(350), checkpoints_in_each_other(40)],
+    ids=["split_late", "joined_often", "checkpoints"],
+)
+def test_long_and_deep_steps_are_traced(case):
+    body, width = case
+    h, xs = jnp.zeros((2, width)), jnp.linspace(-1, 1, 12).reshape(3, 2, 2)
+    actual = jaxrnn.scan(body, h, xs, method="sequential")
+    assert_same(actual, jax.lax.scan(body, h, xs), np.float32)
+
+
+def test_a_recurrence_too_long_for_one_kernel_is_refused():
+    body, width = split_late(350)
+    with pytest.raises(ValueError, match="fits no kernel: more than 100 operations"):
+        jaxrnn.scan(body, jnp.zeros((2, width)), jnp.ones((3, 2, 2)), method="fused")
