@@ -1,6 +1,7 @@
 """`explain`: what became of a step, as text."""
 
 import functools
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -14,12 +15,12 @@ from jaxrnn._arguments import Step
 from jaxrnn._block import run_plain, time_first
 from jaxrnn._checkpoints import not_to_be_kept
 from jaxrnn._choice import block_length, results_block, steps_of
-from jaxrnn._fission import Plan
 from jaxrnn._gains import only_for_gradients
 from jaxrnn._jaxpr import Equation, Program, Traced
+from jaxrnn._primitives import cond_p, scan_p
 from jaxrnn._recurrence import run_split
 from jaxrnn._samples_last import in_one_loop
-from jaxrnn._scan import Split, Way, split_body, trace_body, way_of_gradient
+from jaxrnn._scan import Split, Way, has_effects, split_body, trace_body, way_of_gradient
 
 Array = jax.Array
 PyTree = Any
@@ -78,28 +79,26 @@ def _report(
     method: str,
 ) -> list[str]:
     time = jax.tree.leaves(xs)[0].shape[0]
-    if method == "lax" or not isinstance(time, int):
-        why = "it was asked for" if method == "lax" else "the time axis is symbolic"
-        return [f"plain lax.scan over {time} steps: {why}"]
+    if not isinstance(time, int):
+        return _plain(time, "", "the time axis is symbolic")
     found = trace_body(body, init, xs, method)
-    split = None if found is None else split_body(*found, method, time, chunk)
-    if found is None or split is None:
-        return [
-            f"plain lax.scan over {time} steps: the step has effects, or no product worth moving"
-        ]
+    split = found if isinstance(found, str) else split_body(*found, method, time, chunk)
+    if isinstance(found, str) or isinstance(split, str):
+        blocks = ""
+        if remat and not has_effects(body, init, xs):
+            blocks = f", in blocks of {block_length(chunk, remat, time, None)} (rematerialised)"
+        return _plain(time, blocks, str(split))
     block = block_length(chunk, remat, time, split.plan, split.fused)
     steps = steps_of(time, reverse, unroll, chunk, split.plan, split.fused)
     results = None if remat else results_block(split.plan, steps, block)
     way = way_of_gradient(split, Way(steps, block, remat), chunk)
     again = way.remat and not remat
     block = way.block
-    kept = ""
-    if way.remat:
-        kept = " (rematerialised)"
-    elif not_to_be_kept(split.plan.body):
-        kept = " (what is under a checkpoint is made again)"
+    kept = " (rematerialised)" if way.remat else ""
     how = "fused" if split.fused else "sequential"
     lines = [f'method "{how}" over {time} steps, in blocks of {block}{kept}']
+    if not way.remat and not_to_be_kept(split.plan.body):
+        lines.append("for gradients; what is under a checkpoint is made again")
     if results and in_one_loop(split.plan, steps) is not None:
         lines.append("for gradients; results come from one loop, with the samples on the last axis")
     elif results and only_for_gradients(split.plan, time, chunk, False, method):
@@ -116,6 +115,10 @@ def _report(
     return [*lines, "", *_figures(found[0], split, xs, way)]
 
 
+def _plain(time: Any, blocks: str, why: str) -> list[str]:
+    return textwrap.wrap(f"plain lax.scan over {time} steps{blocks}: {why}", _WIDTH)
+
+
 def _section(title: str, program: Program) -> list[str]:
     """A title and the operations under it, products with their shapes first."""
     if not program.equations:
@@ -128,9 +131,8 @@ def _section(title: str, program: Program) -> list[str]:
 
 
 def _figures(traced: Traced, split: Split, xs: PyTree, way: Way) -> list[str]:
-    before = sum(map(_jaxpr.multiply_adds, traced.program.equations))
-    before += sum(map(_jaxpr.multiply_adds, _nested(traced.program.equations)))
-    inside, outside = _work(split.plan)
+    before = _work(traced.program.equations)
+    inside, outside = _work(split.plan.in_loops), _work(split.plan.in_passes)
     ours, theirs = _kept_bytes(traced, split, xs, way)
     return [
         f"multiply-adds per step    {inside:>14,} in the loop, {outside:,} outside",
@@ -140,12 +142,17 @@ def _figures(traced: Traced, split: Split, xs: PyTree, way: Way) -> list[str]:
     ]
 
 
-def _work(plan: Plan) -> tuple[int, int]:
-    """Multiply-adds per step in the loops, and in the passes over blocks."""
-    inside, outside = (
-        sum(map(_jaxpr.multiply_adds, part)) for part in (plan.in_loops, plan.in_passes)
-    )
-    return inside, outside
+def _work(equations: Iterable[Equation]) -> int:
+    """The multiply-adds of products at any depth: of the longest branch, of all steps if known."""
+    return sum(map(_work_of, equations))
+
+
+def _work_of(equation: Equation) -> int:
+    inside = list(map(_work, _jaxpr.inner_functions(equation)))
+    if equation.primitive is cond_p:
+        return max(inside)
+    repeated = equation.params["length"] if equation.primitive is scan_p else 1
+    return _jaxpr.multiply_adds(equation) + repeated * sum(inside)
 
 
 def _kept_bytes(traced: Traced, split: Split, xs: PyTree, way: Way) -> tuple[int, int]:
@@ -180,12 +187,6 @@ def _residual_bytes(f: Callable[..., PyTree], *groups: Sequence[Array]) -> int:
     program = _jaxpr.trace(residuals, *args).program
     kept = set(_jaxpr.variables(program.outvars)) - set(program.invars)
     return sum(map(_jaxpr.size_in_bytes, kept))
-
-
-def _nested(equations: Iterable[Equation]) -> list[Equation]:
-    """The equations inside calls, at any depth."""
-    inner = [e for outer in equations for e in _jaxpr.inner_equations(outer)]
-    return [*inner, *_nested(inner)] if inner else []
 
 
 def _signature(equation: Equation) -> str:

@@ -309,7 +309,12 @@ def product_options(equation: Equation, *, swapped: bool) -> dict[str, Any]:
 
 def inner_equations(equation: Equation) -> list[Equation]:
     """The equations of the functions that `equation` calls."""
-    return [inner for jaxpr in _inner_jaxprs(equation) for inner in jaxpr.eqns]
+    return [inner for function in inner_functions(equation) for inner in function]
+
+
+def inner_functions(equation: Equation) -> list[list[Equation]]:
+    """The equations of each function that `equation` calls."""
+    return [list(jaxpr.eqns) for jaxpr in core.jaxprs_in_params(equation.params)]
 
 
 def is_movable(equation: Equation) -> bool:
@@ -391,7 +396,3 @@ def slope_by_output(equation: Equation) -> Callable[[jax.Array, jax.Array], jax.
 
 def _count(lengths: Iterable[Any]) -> int:
     return math.prod(n if isinstance(n, int) else 64 for n in lengths)
-
-
-def _inner_jaxprs(equation: Equation) -> list[Any]:
-    return list(core.jaxprs_in_params(equation.params))

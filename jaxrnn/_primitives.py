@@ -13,6 +13,7 @@ add_p = p.add_p
 add_any_p = p.add_jaxvals_p
 broadcast_in_dim_p = p.broadcast_in_dim_p
 concatenate_p = p.concatenate_p
+cond_p = p.cond_p
 conv_general_dilated_p = p.conv_general_dilated_p
 convert_element_type_p = p.convert_element_type_p
 copy_p = p.copy_p
@@ -27,6 +28,7 @@ reduce_max_p = p.reduce_max_p
 reduce_sum_p = p.reduce_sum_p
 remat_p = p.remat_p
 reshape_p = p.reshape_p
+scan_p = p.scan_p
 select_n_p = p.select_n_p
 slice_p = p.slice_p
 squeeze_p = p.squeeze_p
@@ -40,11 +42,11 @@ LISTED = frozenset(value for name, value in vars(p).items() if name.endswith("_p
 RANDOM = frozenset(
     {p.random_bits_p, p.random_fold_in_p, p.random_gamma_p, p.random_split_p, p.threefry2x32_p}
 )
-PINNED = frozenset({p.cond_p, p.while_p, p.rng_bit_generator_p, p.rng_uniform_p, p.custom_lin_p})
+PINNED = frozenset({cond_p, p.while_p, p.rng_bit_generator_p, p.rng_uniform_p, p.custom_lin_p})
 OWN_RULES = frozenset({p.custom_jvp_call_p, p.custom_vjp_call_p})
 PRODUCTS = frozenset({p.dot_general_p, p.conv_general_dilated_p})
 FACTORISATIONS = frozenset({p.cholesky_p, p.eig_p, p.eigh_p, p.lu_p, p.qr_p, p.svd_p})
-HEAVY = PRODUCTS | FACTORISATIONS | {gather_p, p.scan_p, p.triangular_solve_p, p.fft_p}
+HEAVY = PRODUCTS | FACTORISATIONS | {gather_p, scan_p, p.triangular_solve_p, p.fft_p}
 WRITES = frozenset({p.dynamic_update_slice_p, p.scatter_p})
 FREE = frozenset(
     {
@@ -111,26 +113,16 @@ SLOPE_BY_OUTPUT: dict[Any, Callable[[jax.Array, jax.Array], jax.Array]] = {
     p.logistic_p: lambda y, dx: dx * y * (1 - y),
     p.tanh_p: lambda y, dx: (dx + dx * y) * (1 - y),
 }
-LINEAR = frozenset(
-    {
-        p.add_p,
-        p.add_jaxvals_p,
-        p.broadcast_in_dim_p,
-        p.concatenate_p,
-        p.convert_element_type_p,
-        p.copy_p,
-        p.neg_p,
-        p.pad_p,
-        p.reduce_sum_p,
-        p.reshape_p,
-        p.rev_p,
-        p.select_n_p,
-        p.slice_p,
-        p.squeeze_p,
-        p.sub_p,
-        transpose_p,
-    }
-)
+LINEAR = FREE - {p.iota_p, stop_gradient_p} | {
+    p.add_p,
+    p.add_jaxvals_p,
+    neg_p,
+    pad_p,
+    reduce_sum_p,
+    p.rev_p,
+    select_n_p,
+    sub_p,
+}
 SMOOTH = (ELEMENTWISE | FREE | LINEAR | PRODUCTS) - {p.div_p, p.exp_p, p.integer_pow_p}
 
 
@@ -161,7 +153,7 @@ IN_KERNELS = (
         p.square_p,
         p.stop_gradient_p,
     }
-    | ({p.one_minus_square_p} if hasattr(p, "one_minus_square_p") else set())
+    | {listed for listed in LISTED if listed.name == "one_minus_square"}  # in newer JAX alone
 )
 
 

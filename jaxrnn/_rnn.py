@@ -183,7 +183,7 @@ def run(
     chunk = options.chunk
     time = jax.tree.leaves(inputs)[0].shape[0]
     selects = carry_output and not options.return_all_outputs and valid is not None
-    if selects and isinstance(time, int) and not (isinstance(chunk, int) and chunk < time):
+    if selects and isinstance(time, int) and chunk == "auto":
         # Selecting the last valid output takes the outputs of a block: let that not be all T.
         chunk = math.isqrt(time)
 

@@ -181,8 +181,8 @@ def scan_along(
         return lax.scan(f, init, xs, length, reverse)
     if time < 1 or (method == "lax" and not remat) or is_jit_disabled():
         return lax.scan(f, init, xs, length, reverse, unroll)
-    body = None if method == "lax" else trace_body(f, init, xs, method)
-    if body is not None:
+    body = trace_body(f, init, xs, method)
+    if not isinstance(body, str):
         traced, first, _ = body
 
         def again(f: Body, init: PyTree, xs: PyTree, axes: PyTree) -> Any:
@@ -194,11 +194,11 @@ def scan_along(
         outs = scan_samples(traced.program, traced.consts, first, lying, axes, is_kernel, again)
         if outs is not None:
             return _as_traced(outs, traced)
-    split = None if body is None else split_body(*body, method, time, chunk)
-    if split is None and (not remat or _has_effects(f, init, xs)):
+    split = body if isinstance(body, str) else split_body(*body, method, time, chunk)
+    if isinstance(split, str) and (not remat or has_effects(f, init, xs)):
         return lax.scan(f, init, xs, length, reverse, unroll)
 
-    if body is None or split is None:
+    if isinstance(body, str) or isinstance(split, str):
         block, steps = block_length(chunk, remat, time, None), Steps(time, reverse, unroll)
 
         def run_plainly(carry: PyTree, xs: PyTree, steps: Steps) -> tuple[PyTree, PyTree]:
@@ -250,7 +250,7 @@ def _as_traced(results: Sequence[Array], traced: Traced) -> PyTree:
     return jax.tree.unflatten(traced.out_tree, map(weak_as, results, traced.program.outvars))
 
 
-def _has_effects(f: Body, init: PyTree, xs: PyTree) -> bool:
+def has_effects(f: Body, init: PyTree, xs: PyTree) -> bool:
     """Whether a body, run again for the gradient, would be noticed."""
     return bool(jax.make_jaxpr(f)(init, _first_row(xs)).effects)
 
@@ -264,11 +264,13 @@ def _first_row(xs: PyTree) -> PyTree:
 
 def trace_body(
     f: Body, init: PyTree, xs: PyTree, method: str
-) -> tuple[Traced, list[Array], list[Any]] | None:
-    """The body of a scan, its first carry, and the types of its x; None if it is not to be split.
+) -> tuple[Traced, list[Array], list[Any]] | str:
+    """The body of a scan, its first carry, and the types of its x; or why it is not to be split.
 
     As a program it is `traced.program(*traced.consts, *carry, *x)`, flat.
     """
+    if method == "lax":
+        return "it was asked for"
     carry, carry_tree = jax.tree.flatten(jax.tree.map(jnp.asarray, init))
     x, x_tree = jax.tree.flatten(_first_row(xs))
 
@@ -279,7 +281,7 @@ def trace_body(
     traced = trace(flat, *carry, *x)
     results = traced.out_tree.children()
     if len(results) != 2 or results[0] != carry_tree:
-        return None  # `lax.scan` says what is wrong
+        return "it says what is wrong with the step"
     promoted = _made_strong(carry, traced, of_its_dtype=False)  # as `lax.scan` does it
     if any(c is not p for c, p in zip(carry, promoted, strict=True)):
         carry = promoted
@@ -292,15 +294,18 @@ def trace_body(
     )
     if traced.has_effects and method == "fused":
         raise ValueError("method='fused': the step has effects, and in a kernel there are none.")
-    if traced.has_effects or changes:
-        return None
     # JAX's rules of a product ask for the width that is allowed where they run, not where it is.
-    if any(map(is_of_another_width, program.equations)):
-        return None
+    is_wide = any(map(is_of_another_width, program.equations))
     # Under `vmap` even one in a `cond` may leave the loop.
     has_product = any(map(is_heavy, program.equations))
-    if not has_product and not kernels_pay(method):
-        return None
+    reasons = {
+        "the step has effects, as a print or a callback has": traced.has_effects,
+        "the step changes the type of its state": changes,
+        "a product in the step has a width that is not enabled here": is_wide,
+        "there is no product in the step": not has_product and not kernels_pay(method),
+    }
+    if why := next((reason for reason, holds in reasons.items() if holds), None):
+        return why
     # Traced once more for these, the body might give strong types that `lax.scan` leaves weak.
     return traced, _made_strong(carry, traced, of_its_dtype=True), x
 
@@ -328,22 +333,23 @@ def split_body(
     method: str,
     time: int,
     chunk: int | str | None,
-) -> Split | None:
-    """A body, from `trace_body`, after fission, or None where the engine stands aside."""
+) -> Split | str:
+    """A body, from `trace_body`, after fission, or why the engine stands aside."""
     opened = through_checkpoints(traced, [*carry, *x])
     traced = share(opened or traced, [*carry, *x])
     has_product = any(is_heavy(e) and is_movable(e) for e in traced.program.equations)
     if not has_product and not kernels_pay(method):
-        return None
+        return "no product in the step can be moved"
     example = [*traced.consts, *carry, *x]
     body = simplify(traced.program, len(traced.consts), len(carry), example)
     consts = (*body.consts, *traced.consts)
     plan = fission(body.program, len(consts), len(carry))
     fused = fits_kernel(plan, method)
     if method == "auto" and not fused:
-        pays = is_worthwhile(plan, time, chunk)
-        if not pays or not is_soon_made_again(plan, time, chunk):
-            return None
+        if not is_worthwhile(plan, time, chunk):
+            return "steps like this one are no faster taken apart"
+        if not is_soon_made_again(plan, time, chunk):
+            return "what is under a checkpoint would take too long to make again"
     return Split(plan, consts, carry, traced, fused)
 
 
@@ -357,7 +363,7 @@ def _is_kernel(
         split = split_body(*body, method, time, chunk)
     except ValueError:
         return False
-    return split is not None and split.fused
+    return not isinstance(split, str) and split.fused
 
 
 def check_options(chunk: Any, remat: Any, method: Any) -> None:

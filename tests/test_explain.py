@@ -68,16 +68,55 @@ def test_a_mask_leaves_one_product_in_the_loop():
     assert section(report, "recurrence").count("dot_general") == 1
 
 
+def test_products_in_branches_and_loops_count_in_the_loop_and_with_lax_scan():
+    def step(x, states):
+        (h,) = states
+        kernel = jnp.ones((H, H))
+        h = jax.lax.cond(x[0, 0] > 0, lambda h: h @ kernel @ kernel, lambda h: h @ kernel, h)
+        h = jax.lax.fori_loop(0, 5, lambda _, h: jnp.tanh(h @ kernel), h)
+        return h, [jnp.tanh(h + x @ jnp.ones((D, H)))]
+
+    report = jaxrnn.explain(step, INPUTS, STATES[:1], method="sequential")
+    inside, outside = (2 + 5) * B * H * H, B * D * H  # the longer branch
+    assert int(figure(report, "multiply-adds per step")) == inside
+    assert f"{outside:,} outside" in report
+    assert f"{inside + outside:,} in the loop" in report
+
+
 def test_standing_aside_is_said():
     def count(x, states):
         return states[0], [states[0] + 1]
 
-    asked = explain(method="lax")
-    nothing = jaxrnn.explain(count, INPUTS, STATES[:1])
-    for report in (asked, nothing):
-        assert report.startswith(f"plain lax.scan over {T} steps")
-    assert "asked for" in asked
-    assert "no product" in nothing
+    def printing(x, states):
+        jax.debug.print("{}", x[0, 0])
+        return lstm_with_readout(x, states)
+
+    reasons = {
+        "asked for": explain(method="lax"),
+        "no product in the step": jaxrnn.explain(count, INPUTS, STATES[:1]),
+        "the step has effects": jaxrnn.explain(printing, INPUTS, STATES),
+        "no faster taken apart": jaxrnn.explain(lstm_with_readout, INPUTS[:, :1], STATES),
+    }
+    for reason, report in reasons.items():
+        assert report.startswith("plain lax.scan over ")
+        assert reason in report
+        assert sum(other in report for other in reasons) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "lax"}])
+def test_rematerialisation_is_said_where_nothing_is_taken_apart(options):
+    def count(x, states):
+        return states[0], [states[0] + 1]
+
+    report = jaxrnn.explain(count, INPUTS, STATES[:1], remat=True, chunk=6, **options)
+    assert f"plain lax.scan over {T} steps, in blocks of 6 (rematerialised)" in report
+
+
+@pytest.mark.parametrize(("chunk", "block"), [(None, T), (T, T), (T + 1, T), (7, 7), ("auto", 4)])
+def test_a_block_that_was_asked_for_is_taken_when_the_last_output_is_selected(chunk, block):
+    """By itself `rnn` takes blocks of sqrt(T) then, of whose outputs that one is selected."""
+    report = explain(mask=jnp.ones((B, T)), return_all_outputs=False, chunk=chunk)
+    assert f"in blocks of {block}" in report.splitlines()[0].split(" (")[0]
 
 
 def test_lines_fit_a_terminal_and_nothing_is_computed():
@@ -85,7 +124,14 @@ def test_lines_fit_a_terminal_and_nothing_is_computed():
         jax.debug.callback(lambda: pytest.fail("the step ran"))
         return lstm_with_readout(x, states)
 
-    assert all(len(line) <= 80 for line in explain(mask=jnp.ones((B, T))).splitlines())
+    remade = jax.checkpoint(lstm_with_readout)
+    long = jnp.ones((B, 10**5, D))
+    for report in (
+        explain(mask=jnp.ones((B, T))),
+        jaxrnn.explain(remade, long, STATES, method="sequential"),
+        jaxrnn.explain(lambda x, s: (x + s[0], s), long, [long[:, 0]], remat=True),
+    ):
+        assert all(len(line) <= 80 for line in report.splitlines())
     assert "effects" in jaxrnn.explain(loud, INPUTS, STATES)
 
 
