@@ -12,7 +12,8 @@ rows and the weights, or what samples look up in a copied table comes from that 
 is then made among the rows. They wait for linear operations alone: others may have an infinite
 derivative, and that has to be behind the selection. And as the weights' gradient is now a sum over
 all samples, where whatever a sample has computed counts, the rows of those that do not take the
-branch are zeros, if it is certain that nobody reads theirs.
+branch are zeros, if it is certain that nobody reads theirs. So are those of one factor where both
+are a sample's own, or an infinite one would come into the gradient of the other.
 """
 
 from collections import defaultdict
@@ -23,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxrnn._by_sample import LINEAR_BY_ELEMENT, is_by_sample, keeps_first_axis
 from jaxrnn._jaxpr import (
     Atom,
     Equation,
@@ -32,39 +34,25 @@ from jaxrnn._jaxpr import (
     Var,
     at,
     bind,
-    calls,
     dtype,
     inline,
     inner_equations,
     product_options,
     read,
     shape,
+    size,
     trace,
     variables,
     weak_as,
 )
 from jaxrnn._placement import is_split
 from jaxrnn._primitives import (
-    IN_KERNELS,
-    REDUCTIONS,
-    TRANSCENDENTAL,
-    add_any_p,
-    add_p,
     broadcast_in_dim_p,
-    concatenate_p,
-    convert_element_type_p,
     dot_general_p,
     eq_p,
     gather_p,
-    neg_p,
-    reshape_p,
     select_n_p,
-    slice_p,
-    split_p,
-    squeeze_p,
     stop_gradient_p,
-    sub_p,
-    transpose_p,
 )
 
 Array = jax.Array
@@ -175,7 +163,7 @@ class _Sharing:
         for equation in self.program.equations:
             passed = every.intersection(
                 *(
-                    behind[atom] if _is_by_sample(equation, i) else frozenset()
+                    behind[atom] if is_by_sample(equation, i) else frozenset()
                     for i, atom in enumerate(equation.invars)
                     if isinstance(atom, Var) and _is_moving(atom)
                 )
@@ -197,7 +185,7 @@ class _Sharing:
             passed = every.intersection(*(ahead[v] for v in equation.outvars))
             for i, atom in enumerate(equation.invars):
                 if not isinstance(atom, Literal):
-                    by_sample = _is_by_sample(equation, i)
+                    by_sample = is_by_sample(equation, i)
                     ahead[atom] &= passed | self._taken(equation, i) if by_sample else frozenset()
         return ahead
 
@@ -247,20 +235,26 @@ class _Sharing:
         """A product per sample; if one factor is copied and one is not, as a product of all."""
         contracted, batch = equation.params["dimension_numbers"]
         copied = [isinstance(x, _Waiting) and x.is_copied for x in operands]
+        is_read_by_others = not self.ahead[equation.outvars[0]].issuperset(gates)
         if copied[0] == copied[1]:
-            if batch[0][:1] != (0,) or batch[1][:1] != (0,):
+            if (
+                batch[0][:1] != (0,)
+                or batch[1][:1] != (0,)
+                or (is_read_by_others and not all(copied))
+            ):
                 return None
             self.found |= bool(gates)
-            return bind(equation, list(map(_repeated, operands)))
+            factors = list(map(_repeated, operands))
+            if not all(copied):
+                less = int(size(equation.invars[1]) < size(equation.invars[0]))
+                factors[less] = self._or_zeros(factors[less], gates)
+            return bind(equation, factors)
         rows, weights = copied.index(False), copied.index(True)
-        if batch[weights][:1] != (0,) or (gates and batch[rows][0] != 0):
-            return None
-        if not self.ahead[equation.outvars[0]].issuperset(gates):
+        if batch[weights][:1] != (0,) or (gates and batch[rows][0] != 0) or is_read_by_others:
             return None
         self.found = True
-        lhs, rhs = _repeated(operands[rows]), lax.squeeze(operands[weights].array, (0,))
-        for gate in gates:
-            lhs = self._select(gate, lhs, jnp.zeros_like(lhs))
+        lhs = self._or_zeros(_repeated(operands[rows]), gates)
+        rhs = lax.squeeze(operands[weights].array, (0,))
         sample = batch[rows][0]
         kept = [(i, j - 1) for i, j in zip(batch[rows], batch[weights], strict=True) if j]
         dimensions = (
@@ -284,7 +278,7 @@ class _Sharing:
         table, indices = operands
         params = dict(equation.params)
         numbers = params["dimension_numbers"]
-        by_sample = _is_by_sample(equation, 0) and len(numbers.operand_batching_dims) == 1
+        by_sample = is_by_sample(equation, 0) and len(numbers.operand_batching_dims) == 1
         if not (isinstance(table, _Waiting) and table.is_copied and by_sample):
             return None
         self.found = True
@@ -309,6 +303,11 @@ class _Sharing:
                 array = self._select(gate, array, lax.stop_gradient(array))
             self.computed[atom] = array
         return self.computed[atom]
+
+    def _or_zeros(self, rows: Array, gates: Sequence[Gate]) -> Array:
+        for gate in gates:
+            rows = self._select(gate, rows, jnp.zeros_like(rows))
+        return rows
 
     def _select(self, gate: Gate, opened: Array, closed: Array) -> Array:
         """The rows of one array where a gate is open, of the other where it is not."""
@@ -336,7 +335,7 @@ def _repeated(value: Any) -> Any:
 
 def _row_by_row(equation: Equation, operands: Sequence[Array], samples: int) -> list[Array] | None:
     """A linear `equation` on arrays of so many rows, if it leaves the first axis as it is."""
-    if equation.primitive not in _LINEAR and not _keeps_first_axis(equation):
+    if equation.primitive not in LINEAR_BY_ELEMENT and not keeps_first_axis(equation):
         return None
     params = dict(equation.params)
     for name in {"limit_indices", "new_sizes"} & params.keys():
@@ -352,48 +351,3 @@ def _is_moving(atom: Atom) -> bool:
 def _is_index(atom: Atom) -> bool:
     """Whether it may be the index of a `switch`, rather than a boolean."""
     return bool(jnp.issubdtype(dtype(atom), jnp.integer))
-
-
-def _keeps_first_axis(equation: Equation) -> bool:
-    """Whether `equation` only arranges what stands in a row."""
-    primitive, params = equation.primitive, equation.params
-    if primitive is squeeze_p:
-        return 0 not in params["dimensions"]
-    if primitive is transpose_p:
-        return params["permutation"][0] == 0
-    if primitive is concatenate_p:
-        return params["dimension"] > 0
-    if primitive is split_p():
-        return params["axis"] > 0
-    if primitive in (reshape_p, slice_p):
-        return shape(equation.outvars[0])[:1] == shape(equation.invars[0])[:1]
-    return False
-
-
-def _is_by_sample(equation: Equation, operand: int) -> bool:
-    """Whether a row of an operand is read for the same row of the results alone."""
-    primitive, params = equation.primitive, equation.params
-    rows = shape(equation.invars[operand])[:1]
-    if not rows or any(shape(v)[:1] != rows for v in equation.outvars):
-        return False
-    if primitive is dot_general_p:
-        contracted, batch = params["dimension_numbers"]
-        keeps = batch[operand][0] == 0 if batch[0] else operand == 0 and 0 not in contracted[0]
-    elif primitive is gather_p:
-        numbers = params["dimension_numbers"]
-        batch = numbers.operand_batching_dims, numbers.start_indices_batching_dims
-        keeps = all(axes[:1] == (0,) for axes in batch) and 0 not in numbers.offset_dims
-    elif primitive is broadcast_in_dim_p:
-        keeps = params["broadcast_dimensions"][0] == 0
-    elif primitive in REDUCTIONS:
-        keeps = 0 not in params["axes"]
-    elif calls(equation):
-        inner = inner_equations(equation)
-        keeps = all(_is_by_sample(e, i) for e in inner for i, a in enumerate(e.invars) if shape(a))
-    else:
-        by_element = primitive in _LINEAR | IN_KERNELS | TRANSCENDENTAL
-        keeps = by_element or _keeps_first_axis(equation)
-    return keeps
-
-
-_LINEAR = frozenset({add_p, add_any_p, convert_element_type_p, neg_p, stop_gradient_p, sub_p})

@@ -375,3 +375,37 @@ def test_results_alone_share_weights_too():
     found, per_sample = products_per_sample(jax.make_jaxpr(run)(draw(SAMPLES, 256), XS))
     assert found
     assert not per_sample
+
+
+MEMORY = draw(SAMPLES, FEATURES, UNITS)
+
+
+@pytest.mark.parametrize("padding", [0.0, jnp.nan, jnp.inf])
+@pytest.mark.parametrize("flags", [{}, {"chunk": 2, "remat": True}], ids=["plain", "remat"])
+@pytest.mark.parametrize("made_inside", [True, False])
+def test_a_factor_of_samples_that_skip_the_branch_may_be_infinite(padding, flags, made_inside):
+    skips = np.zeros((TIME, SAMPLES, 1), bool)
+    skips[1, 0] = skips[3:, 2] = True
+    xs = jnp.where(skips, padding, XS)
+
+    def run(scan, p, memory, xs):
+        def step(carry, x):
+            h, m = carry
+
+            def read():
+                row = x / jnp.sum(x * x) if made_inside else x
+                return row @ m + jnp.dot(row, p["w"] @ h) * h
+
+            is_padding = (jnp.sum(x) == 0) | ~jnp.all(jnp.isfinite(x))
+            h = jnp.tanh(h @ p["u"] + lax.cond(is_padding, lambda: h, read))
+            return (h, 0.9 * m), h
+
+        return jax.vmap(lambda h, m, x: scan(step, (h, m), x), in_axes=(0, 0, 1))(H, memory, xs)
+
+    def gradient(scan):
+        scalar = jax.jit(lambda p, m, xs: scalar_of(run(scan, p, m, xs)))
+        return jax.grad(scalar, (0, 1, 2))(P, MEMORY, xs)
+
+    expected = gradient(lax.scan)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(expected[:2]))
+    assert_same(gradient(functools.partial(SPLIT, **flags)), expected, scale=10)
