@@ -63,7 +63,10 @@ def explain(
         return lax.scan(body, init, xs)
 
     settings, operands = _rnn.prepare(step_function, inputs, initial_states, *args, **kwargs)
-    jax.eval_shape(lambda operands: _rnn.run(step_function, settings, operands, listen), operands)
+    jax.eval_shape(
+        lambda operands: jax.tree.leaves(_rnn.run(step_function, settings, operands, listen)),
+        operands,
+    )
     return "\n".join(lines)
 
 

@@ -26,7 +26,6 @@ from jaxrnn._primitives import (
     OWN_RULES,
     PINNED,
     PRODUCTS,
-    RANDOM,
     SLOPE_BY_OUTPUT,
     TRANSCENDENTAL,
     conv_general_dilated_p,
@@ -82,9 +81,15 @@ class Traced(NamedTuple):
 
 def trace(f: Callable[..., PyTree], *args: Any) -> Traced:
     """Traces `f` at `args`, one array each; what `f` closes over becomes `consts`."""
-    closed, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
-    program = program_of(closed.jaxpr)
-    return Traced(program, tuple(closed.consts), jax.tree.structure(shapes), bool(closed.effects))
+    out_tree = None
+
+    def flat(*args: Any) -> list[Any]:  # a class of the user's may take arrays alone
+        nonlocal out_tree
+        leaves, out_tree = jax.tree.flatten(f(*args))
+        return leaves
+
+    closed = jax.make_jaxpr(flat)(*args)
+    return Traced(program_of(closed.jaxpr), tuple(closed.consts), out_tree, bool(closed.effects))
 
 
 def program_of(jaxpr: Any) -> Program:
@@ -237,7 +242,7 @@ def variables(atoms: Iterable[Atom]) -> list[Var]:
 
 def size(atom: Atom) -> int:
     """The number of elements of the array that `atom` stands for; a symbolic axis counts as 64."""
-    return _count(shape(atom))
+    return math.prod(map(_length, shape(atom)))
 
 
 def size_in_bytes(atom: Atom) -> int:
@@ -292,7 +297,7 @@ def multiply_adds(equation: Equation) -> int:
     lhs, rhs = equation.invars[:2]
     if equation.primitive is dot_general_p:
         (contracted, _), _ = equation.params["dimension_numbers"]
-        per_output = _count(shape(lhs)[axis] for axis in contracted)
+        per_output = math.prod(_length(shape(lhs)[axis]) for axis in contracted)
     else:
         outputs = equation.params["dimension_numbers"].rhs_spec[0]
         per_output = size(rhs) // max(shape(rhs)[outputs], 1)
@@ -365,11 +370,6 @@ def is_of_another_width(equation: Equation) -> bool:
     )
 
 
-def is_random(equation: Equation) -> bool:
-    """Whether `equation` draws or derives random bits, which costs more than to store them."""
-    return equation.primitive in RANDOM
-
-
 def hides_product(equation: Equation) -> bool:
     """Whether `equation` is a call or a loop with a product inside."""
     inner = inner_equations(equation)
@@ -394,5 +394,5 @@ def slope_by_output(equation: Equation) -> Callable[[jax.Array, jax.Array], jax.
     return SLOPE_BY_OUTPUT.get(equation.primitive)
 
 
-def _count(lengths: Iterable[Any]) -> int:
-    return math.prod(n if isinstance(n, int) else 64 for n in lengths)
+def _length(n: Any) -> int:
+    return n if isinstance(n, int) else 64

@@ -25,7 +25,6 @@ from jaxrnn._jaxpr import (
     dtype,
     is_heavy,
     is_linear,
-    is_random,
     size,
     slope_by_output,
     variables,
@@ -34,6 +33,7 @@ from jaxrnn._primitives import (
     COMPARISONS,
     EXTREMES,
     PRODUCTS,
+    RANDOM,
     REDUCTIONS,
     gather_p,
     mul_p,
@@ -171,7 +171,7 @@ def _kept(program: Program, consts: Sequence[Var], moving: set[Var]) -> list[Var
                 kept |= dict.fromkeys(read_here)
                 continue
             reduced |= set(equation.outvars)
-        if heavy or is_random(equation) or (read_here and not moves):
+        if heavy or equation.primitive in RANDOM or (read_here and not moves):
             costly |= set(equation.outvars)
         elif read_here and (is_linear(equation) or _scales(equation, read_here, moving)):
             costly |= set(equation.outvars)

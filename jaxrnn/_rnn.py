@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -166,8 +166,9 @@ def run(
     axis = 0 if options.time_major else 1
     inputs = jax.tree.map(functools.partial(time_first, axis=axis), lying)
     step = _arguments.checked_step(step_function, states, constants)
-    output_like, states_like, output_is_state, smooth = _trace_step(step, inputs, states)
-    states = jax.tree.map(placed_as, states, states_like)
+    output_like, state_types, output_is_state, smooth = _trace_step(step, inputs, states)
+    leaves, structure = jax.tree.flatten(states)
+    states = jax.tree.unflatten(structure, map(placed_as, leaves, state_types))
 
     # What a masked step, or a call that wants the last output alone, has to remember beside the
     # states: nothing, if the output is the first state.
@@ -256,26 +257,39 @@ def _assemble(
     return last_output, outputs
 
 
-def _trace_step(step: Step, inputs: PyTree, states: PyTree) -> tuple[PyTree, PyTree, bool, bool]:
+class _Like(NamedTuple):
+    """The types of a pytree's leaves. A class among its nodes may refuse to hold types."""
+
+    types: list[jax.ShapeDtypeStruct]
+    tree: Any
+
+
+def _trace_step(
+    step: Step, inputs: PyTree, states: PyTree
+) -> tuple[_Like, list[jax.ShapeDtypeStruct], bool, bool]:
     """What is to be known of a step.
 
     Returns:
-        The types of the output and of the new states; whether the output is, leaf by leaf, the
-        first state; whether the step has a finite derivative everywhere.
+        What the output is like; the types of the new states; whether the output is, leaf by leaf,
+        the first state; whether the step has a finite derivative everywhere.
     """
+    tree: Any = None
     is_state = False
 
-    def trace(inputs: PyTree, states: PyTree) -> tuple[PyTree, PyTree]:
-        nonlocal is_state
+    def trace(inputs: PyTree, states: PyTree) -> tuple[list[Array], list[Array]]:
+        nonlocal tree, is_state
         output, new_states = step(jax.tree.map(lambda x: x[0], inputs), states)
-        is_state = _agree(lambda y, s: y is s, output, _first_state(new_states))
-        return output, new_states
+        leaves, tree = jax.tree.flatten(output)
+        first, first_tree = jax.tree.flatten(_first_state(new_states))
+        is_state = tree == first_tree and all(y is s for y, s in zip(leaves, first, strict=True))
+        return leaves, jax.tree.leaves(new_states)
 
     if is_jit_disabled():
         results = trace(inputs, states)
-        return *jax.eval_shape(lambda: results), is_state, False
-    jaxpr, types = jax.make_jaxpr(trace, return_shape=True)(inputs, states)
-    return *types, is_state, all(map(_is_smooth, jaxpr.eqns))
+        output, new_states = jax.eval_shape(lambda: results)
+        return _Like(output, tree), new_states, is_state, False
+    jaxpr, (output, new_states) = jax.make_jaxpr(trace, return_shape=True)(inputs, states)
+    return _Like(output, tree), new_states, is_state, all(map(_is_smooth, jaxpr.eqns))
 
 
 def _is_smooth(equation: Equation) -> bool:
@@ -285,9 +299,9 @@ def _is_smooth(equation: Equation) -> bool:
     return equation.primitive in SMOOTH or equation.primitive is split_p()
 
 
-def _initial_output(output_like: PyTree, states: PyTree) -> PyTree:
+def _initial_output(output_like: _Like, states: PyTree) -> PyTree:
     """What is held before a sample's first valid step."""
-    first = _first_state(states)
+    first, tree = jax.tree.flatten(_first_state(states))
 
     def is_like(state: Array, output: jax.ShapeDtypeStruct) -> bool:
         return state.shape == output.shape and _masking.is_key(state) == _masking.is_key(output)
@@ -296,17 +310,12 @@ def _initial_output(output_like: PyTree, states: PyTree) -> PyTree:
         to_real = jnp.iscomplexobj(state) and not jnp.issubdtype(output.dtype, jnp.complexfloating)
         return (state.real if to_real else state).astype(output.dtype)
 
-    if _agree(is_like, first, output_like):
-        return jax.tree.map(cast, first, output_like)
-    return jax.tree.map(zeros_of, output_like)
-
-
-def _agree(same: Callable[[Any, Any], bool], first: PyTree, second: PyTree) -> bool:
-    """Whether two pytrees have one structure and all pairs of leaves are the `same`."""
-    structures: list[Any] = [jax.tree.structure(first), jax.tree.structure(second)]
-    return structures[0] == structures[1] and all(
-        map(same, jax.tree.leaves(first), jax.tree.leaves(second))
-    )
+    types = output_like.types
+    if tree == output_like.tree and all(map(is_like, first, types)):
+        held = list(map(cast, first, types))
+    else:
+        held = list(map(zeros_of, types))
+    return jax.tree.unflatten(output_like.tree, held)
 
 
 def _first_state(states: PyTree) -> PyTree:

@@ -173,7 +173,7 @@ def scan_along(
     Blocks are cut from xs as they lie in memory; time is brought to the first axis block by block.
     """
     lying, tree = jax.tree.flatten(xs)
-    axes = jax.tree.leaves(jax.tree.map(lambda a, x: jax.tree.map(lambda _: a, x), axes, xs))
+    axes = jax.tree.leaves(jax.tree.map(lambda a, x: [a] * len(jax.tree.leaves(x)), axes, xs))
     xs = jax.tree.unflatten(tree, map(time_first, lying, axes))
     time = _time(xs, length)
     if time is None or not callable(f):
@@ -252,14 +252,15 @@ def _as_traced(results: Sequence[Array], traced: Traced) -> PyTree:
 
 def has_effects(f: Body, init: PyTree, xs: PyTree) -> bool:
     """Whether a body, run again for the gradient, would be noticed."""
-    return bool(jax.make_jaxpr(f)(init, _first_row(xs)).effects)
+    x, tree = _first_row(xs)
+    return bool(jax.make_jaxpr(lambda c, x: f(c, jax.tree.unflatten(tree, x)))(init, x).effects)
 
 
-def _first_row(xs: PyTree) -> PyTree:
+def _first_row(xs: PyTree) -> tuple[list[Any], Any]:
     """The types of one step's xs, with the mesh that they lie on, which `eval_shape` leaves out."""
     leaves, tree = jax.tree.flatten(xs)
     rows = trace(lambda *leaves: [leaf[0] for leaf in leaves], *leaves).program.outvars
-    return jax.tree.unflatten(tree, [row.aval for row in rows])
+    return [row.aval for row in rows], tree
 
 
 def trace_body(
@@ -272,7 +273,7 @@ def trace_body(
     if method == "lax":
         return "it was asked for"
     carry, carry_tree = jax.tree.flatten(jax.tree.map(jnp.asarray, init))
-    x, x_tree = jax.tree.flatten(_first_row(xs))
+    x, x_tree = _first_row(xs)
 
     def flat(*args: Array) -> tuple[PyTree, PyTree]:
         old, x = args[: len(carry)], args[len(carry) :]

@@ -1,5 +1,7 @@
 """`scan` is called as `lax.scan` is: same arguments, contexts and types, and traced as rarely."""
 
+import dataclasses
+import functools
 import re
 
 import jax
@@ -167,3 +169,52 @@ def test_profiles_name_the_scopes_of_the_step(under, flags):
     assert {"joined", "merged", "readout"} <= scopes
     assert all(re.search("joined|merged|readout", name) for name in products)
     assert all("gates" in name for name in re.findall(r' tanh\(.*op_name="([^"]*)"', compiled))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Rows:
+    """A class that takes nothing but arrays, as many do that check what they are given."""
+
+    array: jax.Array
+
+    def __post_init__(self):
+        if not isinstance(self.array, jax.Array):
+            raise TypeError(f"array is a {type(self.array)}")
+
+
+@pytest.mark.parametrize("flags", [{}, SPLIT | {"chunk": 2}, {"method": "lax", "remat": True}])
+def test_classes_that_take_arrays_alone(flags):
+    def step(h, x):
+        h, y = tanh_step(h.array, x.array)
+        return Rows(h), Rows(y)
+
+    def run(scan):
+        return lambda h, x: scan(step, Rows(h), Rows(x))
+
+    scan = functools.partial(jaxrnn.scan, **flags)
+    h, x = jnp.asarray(H), jnp.asarray(X)
+    for apply in (lambda f: f, jax.jit, lambda f: jax.vmap(f, (0, 1))):
+        assert_same(apply(run(scan))(h, x), apply(run(lax.scan))(h, x))
+
+
+@pytest.mark.parametrize("flags", [{}, SPLIT | {"remat": True}, {"method": "lax"}])
+@pytest.mark.parametrize("mask", [None, np.arange(5) < [[3], [5]]])
+def test_classes_that_take_arrays_alone_in_rnn(flags, mask):
+    def step(x, states):
+        h, y = tanh_step(states[0].array, x.array)
+        return Rows(y), [Rows(h)]
+
+    def bare_step(x, states):
+        h, y = tanh_step(states[0], x)
+        return y, [h]
+
+    x, flags = jnp.asarray(X).swapaxes(0, 1), flags | {"return_all_outputs": False}
+    operands = step, Rows(x), [Rows(jnp.asarray(H))]
+    for setting in (flags, flags | {"return_all_outputs": True}):
+        actual = jaxrnn.rnn(*operands, mask=mask, **setting)
+        expected = jaxrnn.rnn(bare_step, x, [H], mask=mask, **setting)
+        assert_same(jax.tree.leaves(actual), jax.tree.leaves(expected))
+        assert isinstance(actual[0], Rows)
+        assert isinstance(actual[2][0], Rows)
+    assert "5 steps" in jaxrnn.explain(*operands, mask=mask, **flags)
