@@ -6,7 +6,7 @@ loop, and by `rnn` around a step function of a few lines. Keras layers hand over
 nothing else, and their sequences are of uneven length. Outputs have to agree, and so have the
 gradients with respect to all parameters.
 
-Needs the four libraries: pip install 'jaxrnn[peers]'
+Needs the four libraries; from a clone: pip install '.[peers]'
 """
 
 import argparse
@@ -16,7 +16,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from tqdm import tqdm
 
 from jaxrnn import cells, rnn
 
@@ -26,8 +25,9 @@ try:
     import haiku as hk
     import keras
     from flax import nnx
+    from tqdm import tqdm
 except ModuleNotFoundError as error:
-    print(f"FAIL  {error.name} is not installed: pip install 'jaxrnn[peers]'")
+    print(f"FAIL  {error.name} is not installed; from a clone: pip install '.[peers]'")
     sys.exit(1)
 
 TOLERANCE = 1e-5

@@ -1,4 +1,4 @@
-"""`rnn`'s arguments brought into normal form, and every error that a caller can cause.
+"""The arguments of `rnn` in normal form, and the errors about them and about the step.
 
 Normal form has arrays for array-likes, no weak types, and flags with time first; inputs stay as
 they lie. Each error names the argument or the path of the state in question, what came, what was
@@ -123,7 +123,14 @@ def checked_step(step_function: Step, states: PyTree, constants: PyTree) -> Step
         input_t, given = jax.tree.map(lambda leaf: leaf, (input_t, states_t))
         if constants:
             given = given + type(given)(constants)
-        result = step_function(input_t, given)
+        try:
+            result = step_function(input_t, given)
+        except Exception as error:
+            error.add_note(
+                "rnn calls step_function(input_t, states), in this order, and here with\n"
+                + _types(input_t=input_t, states=given)
+            )
+            raise
         if not isinstance(result, tuple | list) or len(result) != 2:
             raise ValueError(
                 f"step_function returned {_describe(result)}; expected a pair "
@@ -136,6 +143,15 @@ def checked_step(step_function: Step, states: PyTree, constants: PyTree) -> Step
     return step
 
 
+def _types(**values: PyTree) -> str:
+    """The name and type of each array, a line each."""
+    leaves = jax.tree_util.tree_leaves_with_path(values)
+    return "\n".join(
+        f"  {path[0].key}{jax.tree_util.keystr(path[1:])}: {leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in leaves
+    )
+
+
 def is_sequence(states: PyTree) -> bool:
     """Whether `states` is a plain list or tuple of states (and no NamedTuple, say)."""
     return isinstance(states, list | tuple) and not hasattr(states, "_fields")
@@ -145,14 +161,18 @@ def _normalize_inputs(inputs: PyTree, time_major: bool) -> tuple[PyTree, Any, An
     axes = "[T, B, ...]" if time_major else "[B, T, ...]"
     leaves, structure = jax.tree_util.tree_flatten_with_path(inputs)
     if not leaves:
-        raise ValueError(f"inputs holds no arrays; expected an array {axes}, or a pytree of them.")
+        raise ValueError(
+            f"inputs holds no arrays; expected an array {axes}, or a pytree of them. A step that "
+            f"reads no input gets one without features, jnp.zeros({axes.replace('...', '0')})."
+        )
     named = [("inputs" + jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
     arrays = [(name, _as_array(name, leaf)) for name, leaf in named]
     for name, array in arrays:
         if array.ndim < 3:
             raise ValueError(
                 f"{name} has shape {array.shape}; expected at least 3 axes {axes}. A series of "
-                f"scalars needs a feature axis: x[..., None]."
+                f"scalars needs a feature axis: x[..., None]. One sample alone, as under "
+                f"jax.vmap, needs a batch axis: jnp.expand_dims(x, {int(time_major)})."
             )
     first_name, first = arrays[0]
     for name, array in arrays:

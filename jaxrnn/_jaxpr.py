@@ -1,4 +1,4 @@
-"""The one door to `jax.extend`: functions traced to programs, programs cut and run.
+"""The one door to jaxprs: functions traced to programs, programs cut and run.
 
 A `Program` is what the rest of the engine works on: variables in, equations, atoms out, and no
 captured constants. The jaxpr classes differ between JAX versions (from 0.12 on a `ClosedJaxpr`

@@ -51,7 +51,7 @@ ARGUMENTS = {
     "step_not_callable": (TypeError, ["step_function", "3"], (3, X, [H]), {}),
     "inputs_of_two_axes": (
         ValueError,
-        ["inputs", "(3, 7)", "3 axes"],
+        ["inputs", "(3, 7)", "3 axes", "x[..., None]", "One sample alone", "expand_dims(x, 0)"],
         (keeps, X[..., 0], [H]),
         {},
     ),
@@ -73,7 +73,7 @@ ARGUMENTS = {
         (keeps, (X, X[:2]), [H]),
         {},
     ),
-    "no_inputs": (ValueError, ["inputs"], (keeps, {}, [H]), {}),
+    "no_inputs": (ValueError, ["inputs", "jnp.zeros([B, T, 0])"], (keeps, {}, [H]), {}),
     "no_timesteps": (ValueError, ["inputs", "(3, 0, 2)"], (keeps, X[:, :0], [H]), {}),
     "no_timesteps_in_a_leaf": (
         ValueError,
@@ -354,15 +354,19 @@ def test_full_unrolling_of_a_symbolic_time_axis():
         export.export(jax.jit(run))(shape)
 
 
-def test_an_error_of_the_step_itself_comes_through_as_it_is():
+def test_an_error_of_the_step_itself_comes_through_as_it_is_and_says_what_the_step_was_given():
     class OwnError(Exception):
         pass
 
     def step(x, states):
         raise OwnError("mine")
 
-    with pytest.raises(OwnError, match=r"^mine"):
-        jaxrnn.rnn(step, X, [H], mask=MASK)
+    with pytest.raises(OwnError, match=r"^mine") as caught:
+        jaxrnn.rnn(step, {"a": X}, [H], mask=MASK)
+    (note,) = [note for note in caught.value.__notes__ if note.startswith("rnn calls")]
+    assert "step_function(input_t, states), in this order" in note
+    assert "input_t['a']: float32[3, 2]" in note
+    assert "states[0]: float32[3, 4]" in note
 
 
 def test_nothing_runs_before_an_error_is_raised():
