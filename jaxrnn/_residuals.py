@@ -171,6 +171,7 @@ def _kept(program: Program, consts: Sequence[Var], moving: set[Var]) -> list[Var
                 kept |= dict.fromkeys(read_here)
                 continue
             reduced |= set(equation.outvars)
+        # To draw random bits again costs more than to keep them.
         if heavy or equation.primitive in RANDOM or (read_here and not moves):
             costly |= set(equation.outvars)
         elif read_here and (is_linear(equation) or _scales(equation, read_here, moving)):
