@@ -29,7 +29,7 @@ def slug(machine: dict[str, str | int]) -> str:
     """The machine's name in a file name: "cpu-amd-epyc-family-25-model-17", "nvidia-h200"."""
     device = str(machine["device"])
     name = f"{device} {machine['cpu']}" if device == "cpu" else device
-    name = re.sub(r"\((r|tm)\)|\bprocessor\b|@ *\S+", "", name.lower())
+    name = re.sub(r"\((r|tm)\)|\bprocessor\b|@[^(]*", "", name.lower())
     return "-".join(re.findall(r"[a-z0-9]+", name))
 
 
