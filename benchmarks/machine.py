@@ -38,8 +38,8 @@ def _cpu_model() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     pairs = (line.partition(":") for line in reversed(lines))
     first = {key.strip(): value.strip() for key, _, value in pairs}
-    if "model name" not in first:
-        return platform.processor()
+    if not first.keys() >= {"model name", "cpu family", "model"}:
+        return first.get("model name", platform.processor())
     return "{model name} (family {cpu family}, model {model})".format_map(first)
 
 

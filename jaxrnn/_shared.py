@@ -237,15 +237,12 @@ class _Sharing:
         copied = [isinstance(x, _Waiting) and x.is_copied for x in operands]
         is_read_by_others = not self.ahead[equation.outvars[0]].issuperset(gates)
         if copied[0] == copied[1]:
-            if (
-                batch[0][:1] != (0,)
-                or batch[1][:1] != (0,)
-                or (is_read_by_others and not all(copied))
-            ):
+            both_own = not any(copied)
+            if batch[0][:1] != (0,) or batch[1][:1] != (0,) or (both_own and is_read_by_others):
                 return None
             self.found |= bool(gates)
             factors = list(map(_repeated, operands))
-            if not all(copied):
+            if both_own:
                 less = int(size(equation.invars[1]) < size(equation.invars[0]))
                 factors[less] = self._or_zeros(factors[less], gates)
             return bind(equation, factors)
