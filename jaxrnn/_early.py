@@ -18,6 +18,7 @@ from jaxrnn._jaxpr import (
     Equation,
     Program,
     Var,
+    inline,
     inner_equations,
     is_heavy,
     is_transcendental,
@@ -25,6 +26,7 @@ from jaxrnn._jaxpr import (
 )
 from jaxrnn._placement import is_lone_cpu
 from jaxrnn._primitives import broadcast_in_dim_p, concatenate_p, pad_p, slice_p
+from jaxrnn._random import bind_spelled_out
 
 # What puts numbers elsewhere and changes none.
 ARRANGING = frozenset({broadcast_in_dim_p, concatenate_p, pad_p, slice_p})
@@ -56,7 +58,7 @@ def carried(
         return [*carry, *shift.run(*consts, *carry)] if shifted else list(carry)
 
     def step(state: Sequence[Array], x: Sequence[Any]) -> tuple[list[Array], list[Array]]:
-        outs = rest.run(*consts, *state, *x)
+        outs = inline(rest, *consts, *state, *x, apply=bind_spelled_out)
         return with_shifted(outs[:end]), outs[end:]
 
     return with_shifted(carry), step

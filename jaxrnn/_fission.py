@@ -4,8 +4,8 @@
 where the products of all steps are one large product, or in a sequential loop. Here a body is cut
 accordingly, and what crosses each cut is decided.
 
-Only products move, and what they need or what follows from them; other work stays where it is. A
-value crosses a cut where it is small: what merely arranges data is repeated on the far side when
+Only products and random bits move, with what they need or what follows; other work stays in place.
+A value crosses a cut where it is small: what merely arranges data is repeated on the far side when
 that carries fewer bytes. Nothing is executed here.
 """
 

@@ -31,6 +31,7 @@ from jaxrnn._primitives import (
     conv_general_dilated_p,
     convert_element_type_p,
     dot_general_p,
+    key_data_p,
     split_p,
     stop_gradient_p,
 )
@@ -285,7 +286,7 @@ def weak_as(value: jax.Array, like: Atom) -> jax.Array:
 def is_heavy(equation: Equation) -> bool:
     """Whether `equation` earns a pass of its own over a block of time: it holds a product.
 
-    A gather counts, because its transpose is a scatter into the whole table.
+    A gather counts, because its transpose is a scatter into the whole table, and so do random bits.
     """
     return equation.primitive in HEAVY or any(map(is_heavy, inner_equations(equation)))
 
@@ -337,13 +338,13 @@ def is_movable(equation: Equation) -> bool:
         return False
     if equation.primitive is conv_general_dilated_p and is_split(equation):
         return False
-    known = equation.primitive in LISTED | _SPELLED_OUT.keys() or equation.primitive is split_p()
+    known = equation.primitive in LISTED | _SPELLED_OUT.keys() | key_data_p() | {split_p()}
     return known and all(map(is_movable, inner_equations(equation)))
 
 
 def is_free(equation: Equation) -> bool:
     """Whether `equation` only arranges data: cheaper to repeat than to carry what it makes."""
-    return equation.primitive in FREE or equation.primitive is split_p()
+    return equation.primitive in FREE | key_data_p() | {split_p()}
 
 
 def is_elementwise(equation: Equation) -> bool:

@@ -22,7 +22,12 @@ def gpu() -> Any:
 
 def is_lone_cpu() -> bool:
     """Whether a CPU is computed on, as far as one can tell while tracing, and nothing beside it."""
-    return jax.device_count() == 1 and _device().platform == "cpu"
+    return jax.device_count() == 1 and is_cpu()
+
+
+def is_cpu() -> bool:
+    """Whether a CPU is computed on, as far as one can tell while tracing."""
+    return bool(_device().platform == "cpu")
 
 
 def _device() -> Any:

@@ -8,6 +8,7 @@ import jax
 from jax import lax
 from jax.extend.core import Primitive
 from jax.extend.core import primitives as p
+from jax.extend.random import threefry_prng_impl
 
 add_p = p.add_p
 add_any_p = p.add_jaxvals_p
@@ -24,6 +25,9 @@ lu_p = p.lu_p
 mul_p = p.mul_p
 neg_p = p.neg_p
 pad_p = p.pad_p
+random_bits_p = p.random_bits_p
+random_fold_in_p = p.random_fold_in_p
+random_split_p = p.random_split_p
 reduce_max_p = p.reduce_max_p
 reduce_sum_p = p.reduce_sum_p
 remat_p = p.remat_p
@@ -34,19 +38,24 @@ slice_p = p.slice_p
 squeeze_p = p.squeeze_p
 stop_gradient_p = p.stop_gradient_p
 sub_p = p.sub_p
+threefry2x32_p = p.threefry2x32_p
 transpose_p = p.transpose_p
 
 # Calls, and which of its parameters holds the function of each.
 INLINED = {p.jit_p: "jaxpr", p.closed_call_p: "call_jaxpr"}
 LISTED = frozenset(value for name, value in vars(p).items() if name.endswith("_p"))
 RANDOM = frozenset(
-    {p.random_bits_p, p.random_fold_in_p, p.random_gamma_p, p.random_split_p, p.threefry2x32_p}
+    {p.random_gamma_p, random_bits_p, random_fold_in_p, random_split_p, threefry2x32_p}
 )
 PINNED = frozenset({cond_p, p.while_p, p.rng_bit_generator_p, p.rng_uniform_p, p.custom_lin_p})
 OWN_RULES = frozenset({p.custom_jvp_call_p, p.custom_vjp_call_p})
 PRODUCTS = frozenset({p.dot_general_p, p.conv_general_dilated_p})
 FACTORISATIONS = frozenset({p.cholesky_p, p.eig_p, p.eigh_p, p.lu_p, p.qr_p, p.svd_p})
-HEAVY = PRODUCTS | FACTORISATIONS | {gather_p, scan_p, p.triangular_solve_p, p.fft_p}
+HEAVY = (
+    PRODUCTS
+    | FACTORISATIONS
+    | {gather_p, random_bits_p, scan_p, threefry2x32_p, p.triangular_solve_p, p.fft_p}
+)
 WRITES = frozenset({p.dynamic_update_slice_p, p.scatter_p})
 FREE = frozenset(
     {
@@ -113,6 +122,13 @@ SLOPE_BY_OUTPUT: dict[Any, Callable[[jax.Array, jax.Array], jax.Array]] = {
     p.logistic_p: lambda y, dx: dx * y * (1 - y),
     p.tanh_p: lambda y, dx: (dx + dx * y) * (1 - y),
 }
+# What is done with one key of the default generator, as the two numbers that it is, and with which
+# parameters.
+THREEFRY: dict[Any, tuple[Callable[..., jax.Array], tuple[str, ...]]] = {
+    random_bits_p: (threefry_prng_impl.random_bits, ("bit_width", "shape")),
+    random_fold_in_p: (threefry_prng_impl.fold_in, ()),
+    random_split_p: (threefry_prng_impl.split, ("shape",)),
+}
 LINEAR = FREE - {p.iota_p, stop_gradient_p} | {
     p.add_p,
     p.add_jaxvals_p,
@@ -169,3 +185,11 @@ def split_p() -> Any:
     """The primitive of `lax.split`, which `jax.extend` does not list."""
     x = jax.ShapeDtypeStruct((2,), "float32")
     return jax.make_jaxpr(lambda x: lax.split(x, (1, 1)))(x).jaxpr.eqns[0].primitive
+
+
+@functools.cache
+def key_data_p() -> frozenset[Any]:
+    """The primitives between random keys and their numbers, which `jax.extend` does not list."""
+    key = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
+    traced = jax.make_jaxpr(lambda key: jax.random.wrap_key_data(jax.random.key_data(key)))(key)
+    return frozenset(equation.primitive for equation in traced.jaxpr.eqns)

@@ -66,7 +66,7 @@ def scan(
     The body is split (loop fission): what does not lie on the way from the old carry to the new one
     runs over a block of timesteps at once, as large products; only the rest stays in the loop. The
     gradient is split likewise. Where this cannot help, or may not, `jax.lax.scan` itself runs:
-    effects in the body, no product to move, a symbolic time axis.
+    effects in the body, no product or random bits to move, a symbolic time axis.
 
     Args:
         f: `(carry, x) -> (carry, y)`, pure.
@@ -298,12 +298,12 @@ def trace_body(
     # JAX's rules of a product ask for the width that is allowed where they run, not where it is.
     is_wide = any(map(is_of_another_width, program.equations))
     # Under `vmap` even one in a `cond` may leave the loop.
-    has_product = any(map(is_heavy, program.equations))
+    has_heavy = any(map(is_heavy, program.equations))
     reasons = {
         "the step has effects, as a print or a callback has": traced.has_effects,
         "the step changes the type of its state": changes,
         "a product in the step has a width that is not enabled here": is_wide,
-        "there is no product in the step": not has_product and not kernels_pay(method),
+        "the step has no product and draws no bits": not has_heavy and not kernels_pay(method),
     }
     if why := next((reason for reason, holds in reasons.items() if holds), None):
         return why
@@ -338,9 +338,9 @@ def split_body(
     """A body, from `trace_body`, after fission, or why the engine stands aside."""
     opened = through_checkpoints(traced, [*carry, *x])
     traced = share(opened or traced, [*carry, *x])
-    has_product = any(is_heavy(e) and is_movable(e) for e in traced.program.equations)
-    if not has_product and not kernels_pay(method):
-        return "no product in the step can be moved"
+    has_movable = any(is_heavy(e) and is_movable(e) for e in traced.program.equations)
+    if not has_movable and not kernels_pay(method):
+        return "no product or draw of bits in the step can be moved"
     example = [*traced.consts, *carry, *x]
     body = simplify(traced.program, len(traced.consts), len(carry), example)
     consts = (*body.consts, *traced.consts)

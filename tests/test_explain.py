@@ -93,7 +93,7 @@ def test_standing_aside_is_said():
 
     reasons = {
         "asked for": explain(method="lax"),
-        "no product in the step": jaxrnn.explain(count, INPUTS, STATES[:1]),
+        "no product and draws no bits": jaxrnn.explain(count, INPUTS, STATES[:1]),
         "the step has effects": jaxrnn.explain(printing, INPUTS, STATES),
         "no faster taken apart": jaxrnn.explain(lstm_with_readout, INPUTS[:, :1], STATES),
     }

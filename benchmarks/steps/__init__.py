@@ -6,7 +6,7 @@ Every step is written for `lax.scan`, with time first, and says nothing of speed
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.steps import gated, memories, networks, other
+from benchmarks.steps import gated, memories, networks, noisy, other
 from benchmarks.steps.forms import Draw, Loop, Size, gradient_of
 
 __all__ = ["STEPS", "Draw", "Loop", "Size", "Step", "gradient_of", "random_step"]
@@ -56,7 +56,9 @@ STEPS = (
     Step("Kalman filter", other.kalman, (Size(8, 128, 2, 4),)),
     Step("GRU, tokens to logits", gated.logits, (MEDIUM,)),
     Step("LSTM over tokens", gated.embedding, (MEDIUM,)),
-    Step("dropout key in state", other.dropout, (MEDIUM,)),
+    Step("dropout key in state", noisy.dropout, (TINY, ONE, MEDIUM)),
+    Step("LSTM, zoneout", noisy.zoneout, (NARROW, MEDIUM)),
+    Step("Langevin dynamics", noisy.langevin, (ONE, MEDIUM)),
     Step("fast weights", memories.fast_weights, (Size(8, 128, 64, 32), Size(8, 128, 64, 128))),
     Step("delta rule", memories.delta_rule, (Size(8, 128, 64, 32), Size(16, 128, 64, 64))),
     Step("matrix LSTM", memories.matrix_lstm, (Size(16, 128, 64, 128),)),

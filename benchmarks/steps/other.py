@@ -154,24 +154,6 @@ def kalman(draw: Draw, size: Size) -> Loop:
     return loop(body, params, init, draw.normal(T, B, D))
 
 
-def dropout(draw: Draw, size: Size) -> Loop:
-    """A random key in the state, and dropout between state and state."""
-    B, T, D, H = size
-
-    def body(p):
-        def step(carry, x):
-            key, h = carry
-            key, now = jax.random.split(key)
-            kept = jax.random.bernoulli(now, 0.9, h.shape)
-            h = jnp.tanh(x @ p["W"] + jnp.where(kept, h / 0.9, 0) @ p["U"] + p["b"])
-            return (key, h), h
-
-        return step
-
-    init = (jax.random.key(0), draw.normal(B, H))
-    return loop(body, draw.gates(1, D, H), init, draw.normal(T, B, D))
-
-
 def experts(draw: Draw, size: Size) -> Loop:
     """A mixture of four experts, of which each sample takes two at every step."""
     B, T, D, H = size

@@ -259,6 +259,19 @@ def noise_by_key(p):
     return f
 
 
+@body(consts=lambda d: d(UNITS), init=lambda d: (jax.random.PRNGKey(d.seed), d(BATCH, UNITS)))
+def random_walk(scale):
+    """A raw random key in the state, and no product."""
+
+    def f(carry, x):
+        key, h = carry
+        key, now = jax.random.split(key)
+        h = jnp.tanh(h + scale * jax.random.normal(now, h.shape) + x.sum())
+        return (key, h), h
+
+    return f
+
+
 @body(consts=layer(), init=lambda d: (jax.random.key(d.seed, impl="rbg"), d(BATCH, UNITS)))
 def noise_by_rbg_key(p):
     return noise_by_key(p)
