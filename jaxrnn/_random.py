@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxrnn._jaxpr import Equation, bind, inline, trace
 from jaxrnn._placement import is_cpu
@@ -28,8 +29,6 @@ _PARITY = 0x1BD11BDA
 def bind_spelled_out(equation: Equation, operands: Sequence[Any]) -> list[Any]:
     """Applies the primitive of `equation` to `operands`, on a CPU with threefry spelled out."""
     primitive = equation.primitive
-    if primitive is threefry2x32_p and is_cpu():
-        return _threefry(*operands)
     if primitive not in THREEFRY or not is_cpu():
         return bind(equation, operands)
     function, names = THREEFRY[primitive]
@@ -49,10 +48,17 @@ def bind_spelled_out(equation: Equation, operands: Sequence[Any]) -> list[Any]:
         draw = jax.vmap(draw)
     given = [jax.random.key_data(key), *others]
     traced = trace(draw, *given)
-    (drawn,) = inline(traced.program, *traced.consts, *given, apply=bind_spelled_out)
+    (drawn,) = inline(traced.program, *traced.consts, *given, apply=_bind_rounds)
     if primitive is random_bits_p:
         return [drawn]
-    return [jax.random.wrap_key_data(drawn, impl="threefry2x32")]
+    # Or XLA would make keys within the kernels that read them, one within the other: those of a few
+    # steps in one iteration took it minutes to compile.
+    return [jax.random.wrap_key_data(lax.optimization_barrier(drawn), impl="threefry2x32")]
+
+
+def _bind_rounds(equation: Equation, operands: Sequence[Any]) -> list[Any]:
+    is_cipher = equation.primitive is threefry2x32_p
+    return _threefry(*operands) if is_cipher else bind(equation, operands)
 
 
 def _threefry(first_key: Array, second_key: Array, first: Array, second: Array) -> list[Array]:

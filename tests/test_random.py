@@ -17,6 +17,7 @@ TIME, BATCH, UNITS = 7, 3, 16
 KEY = jax.random.key(5)
 SHIFT = primitive_of(lax.shift_left, np.uint32(1), np.uint32(1))  # which nothing else makes
 BITS = primitive_of(jax.random.bits, KEY)
+APART = primitive_of(lax.optimization_barrier, 1.0)
 TANH = primitive_of(jnp.tanh, 1.0)
 NARROW = (jnp.uint8, jnp.uint16, jnp.uint32)
 
@@ -145,6 +146,15 @@ def walk(carry, x):
     key, now = jax.random.split(key)
     h = jnp.tanh(h + x * jax.random.normal(now, h.shape))
     return (key, h), h
+
+
+def test_keys_are_made_apart_from_what_is_drawn_with_them():
+    """In one kernel, keys of a few steps would take minutes to compile, each within the next."""
+    init, xs = (KEY, jnp.zeros((BATCH, UNITS))), np.ones((TIME, 1), np.float32)
+    program = jax.make_jaxpr(functools.partial(SEQUENTIAL, walk))(init, xs)
+    of_keys = [body for body in loops(program) if count(body, SHIFT) and not [*loops(body)]]
+    assert of_keys
+    assert all(count(body, APART) == 1 for body in of_keys)
 
 
 def test_noise_leaves_a_step_without_products():
