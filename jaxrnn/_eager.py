@@ -10,29 +10,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.tree_util import Partial
 
 PyTree = Any
 Run = Callable[[Any, Any, PyTree], PyTree]
+Given = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def run_compiled(name: str, run: Run, function: Any, options: Any, operands: PyTree) -> PyTree:
     """`run(function, options, operands)`, so that a second call outside `jit` traces nothing.
 
     Under `grad` or `vmap` alone this is outside, too. Where the call is traced for `jit` anyway, or
-    cannot be compiled apart (an operand that is no array, a function that is made anew for each
-    call), it is simply run.
+    cannot be compiled apart (an operand that is no array, a function that cannot be referred to
+    weakly), it is simply run.
 
     Args:
         name: what profilers show.
         run: a function of a module; it stays for good.
-        function: the caller's.
+        function: the caller's; arrays that a `jax.tree_util.Partial` holds are operands.
         options: hashable.
         operands: pytree of arrays.
     """
     apart = all(map(_is_operand, jax.tree.leaves(operands)))
     if not apart or _in_jit():
         return run(function, options, operands)
-    return _compiled(name, run, function)(options, operands)
+    bare, given = _without_arrays(function)
+    return _compiled(name, run, bare)(options, given, operands)
 
 
 def is_jit_disabled() -> bool:
@@ -53,29 +56,47 @@ def _is_operand(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | float | complex)
 
 
-def _compiled(name: str, run: Run, function: Any) -> Callable[[Any, PyTree], PyTree]:
-    """`run` of one function, jitted.
+def _without_arrays(function: Any) -> tuple[Any, Given]:
+    """A function, and the arrays that it is given beforehand if it is a pytree of these alone.
+
+    On other leaves, such as Python numbers, it may branch.
+    """
+    if isinstance(function, Partial):
+        given = function.args, function.keywords
+        if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(given)):
+            return function.func, given
+    return function, ((), {})
+
+
+def _compiled(name: str, run: Run, function: Any) -> Callable[[Any, Given, PyTree], PyTree]:
+    """`run` of one function, with the arrays that it is given beforehand, jitted.
 
     Kept as long as the function is: what is jitted refers to it weakly, or it would never be freed.
     A function that cannot be referred to so is simply traced again.
     """
+
+    def with_given(function: Any, options: Any, given: Given, operands: PyTree) -> PyTree:
+        args, keywords = given
+        whole = Partial(function, *args, **keywords) if args or keywords else function
+        return run(whole, options, operands)
+
     try:
         return _jitted[run][function]
     except KeyError:
         reference = weakref.ref(function)
     except TypeError:
-        return functools.partial(run, function)
+        return functools.partial(with_given, function)
 
-    def call(options: Any, operands: PyTree) -> PyTree:
+    def call(options: Any, given: Given, operands: PyTree) -> PyTree:
         function = reference()
         assert function is not None, "the caller holds it"
-        return run(function, options, operands)
+        return with_given(function, options, given, operands)
 
     call.__name__ = name
     _jitted[run][function] = jitted = jax.jit(call, static_argnums=0)
     return jitted
 
 
-_jitted: defaultdict[Run, weakref.WeakKeyDictionary[Any, Callable[[Any, PyTree], PyTree]]] = (
-    defaultdict(weakref.WeakKeyDictionary)
-)
+_jitted: defaultdict[
+    Run, weakref.WeakKeyDictionary[Any, Callable[[Any, Given, PyTree], PyTree]]
+] = defaultdict(weakref.WeakKeyDictionary)

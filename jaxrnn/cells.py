@@ -25,6 +25,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.tree_util import Partial
 from jax.typing import ArrayLike, DTypeLike
 
 __all__ = ["Cell", "gru", "lstm", "simple_rnn"]
@@ -40,7 +41,8 @@ class Cell(NamedTuple):
         init: `(key, features) -> params`, the parameters for inputs of that many features.
         step: `(params) -> step_function`, where `step_function(input_t, states)` takes an input
             `[B, D]` and a list of states `[B, H]`, the first of which is the previous output, and
-            returns `(output, new_states)`: what `jaxrnn.rnn` expects.
+            returns `(output, new_states)`: what `jaxrnn.rnn` expects. It is a pytree of arrays
+            (`jax.tree_util.Partial`), and outside `jit` one of other parameters compiles nothing.
         initial_states: `(batch) -> states`, a list of zeros `[B, H]`, one for each state.
     """
 
@@ -83,16 +85,20 @@ def simple_rnn(
         dtype=dtype,
     )
 
+    def simple_rnn_step(
+        kernel: Array,
+        recurrent_kernel: Array,
+        bias: Array,
+        input_t: Array,
+        states: Sequence[Array],
+    ) -> tuple[Array, list[Array]]:
+        x, (h,) = form.arguments(kernel, input_t, states)
+        z = _affine(x, kernel, bias) + h.astype(kernel.dtype) @ recurrent_kernel
+        output = activation(z).astype(kernel.dtype)
+        return output, [output.astype(h.dtype)]
+
     def step(params: Params) -> Step:
-        kernel, recurrent_kernel, bias = form.read(params)
-
-        def simple_rnn_step(input_t: Array, states: Sequence[Array]) -> tuple[Array, list[Array]]:
-            x, (h,) = form.arguments(kernel, input_t, states)
-            z = _affine(x, kernel, bias) + h.astype(kernel.dtype) @ recurrent_kernel
-            output = activation(z).astype(kernel.dtype)
-            return output, [output.astype(h.dtype)]
-
-        return simple_rnn_step
+        return Partial(simple_rnn_step, *form.read(params))
 
     return Cell(form.init, step, form.initial_states)
 
@@ -138,26 +144,30 @@ def gru(
     )
     units = form.units
 
+    def gru_step(
+        kernel: Array,
+        recurrent_kernel: Array,
+        input_bias: Array,
+        recurrent_bias: Array,
+        input_t: Array,
+        states: Sequence[Array],
+    ) -> tuple[Array, list[Array]]:
+        x, (h,) = form.arguments(kernel, input_t, states)
+        from_input = _affine(x, kernel, input_bias)
+        from_state = _affine(h.astype(kernel.dtype), recurrent_kernel, recurrent_bias)
+        input_gates, input_candidate = jnp.split(from_input, [2 * units], axis=-1)
+        state_gates, state_candidate = jnp.split(from_state, [2 * units], axis=-1)
+        z, r = map(_sigmoid, jnp.split(jnp.tanh(input_gates + state_gates), 2, axis=-1))
+        candidate = jnp.tanh(input_candidate + r * state_candidate)
+        wide = _wider(kernel.dtype, h.dtype)
+        z, candidate = z.astype(wide), candidate.astype(wide)
+        h_new = z * h.astype(wide) + (1 - z) * candidate
+        return h_new.astype(kernel.dtype), [h_new.astype(h.dtype)]
+
     def step(params: Params) -> Step:
-        kernel, recurrent_kernel, bias = form.read(params)
-        halves = (0.5, 0.5, 1.0)
-        kernel, recurrent_kernel, bias = _halved(halves, units, kernel, recurrent_kernel, bias)
-        input_bias, recurrent_bias = jnp.broadcast_to(bias, (2, 3 * units))
-
-        def gru_step(input_t: Array, states: Sequence[Array]) -> tuple[Array, list[Array]]:
-            x, (h,) = form.arguments(kernel, input_t, states)
-            from_input = _affine(x, kernel, input_bias)
-            from_state = _affine(h.astype(kernel.dtype), recurrent_kernel, recurrent_bias)
-            input_gates, input_candidate = jnp.split(from_input, [2 * units], axis=-1)
-            state_gates, state_candidate = jnp.split(from_state, [2 * units], axis=-1)
-            z, r = map(_sigmoid, jnp.split(jnp.tanh(input_gates + state_gates), 2, axis=-1))
-            candidate = jnp.tanh(input_candidate + r * state_candidate)
-            wide = _wider(kernel.dtype, h.dtype)
-            z, candidate = z.astype(wide), candidate.astype(wide)
-            h_new = z * h.astype(wide) + (1 - z) * candidate
-            return h_new.astype(kernel.dtype), [h_new.astype(h.dtype)]
-
-        return gru_step
+        kernel, recurrent_kernel, bias = _halved((0.5, 0.5, 1.0), units, *form.read(params))
+        biases = jnp.broadcast_to(bias, (2, 3 * units))
+        return Partial(gru_step, kernel, recurrent_kernel, *biases)
 
     return Cell(form.init, step, form.initial_states)
 
@@ -211,22 +221,24 @@ def lstm(
             params["bias"] = params["bias"].at[units : 2 * units].set(1)
         return params
 
+    def lstm_step(
+        kernel: Array,
+        recurrent_kernel: Array,
+        bias: Array,
+        input_t: Array,
+        states: Sequence[Array],
+    ) -> tuple[Array, list[Array]]:
+        x, (h, c) = form.arguments(kernel, input_t, states)
+        z = _affine(x, kernel, bias) + h.astype(kernel.dtype) @ recurrent_kernel
+        wide = _wider(kernel.dtype, c.dtype)
+        i, f, g, o = (gate.astype(wide) for gate in jnp.split(jnp.tanh(z), 4, axis=-1))
+        i, f, o = map(_sigmoid, (i, f, o))
+        c_new = f * c.astype(wide) + i * g
+        h_new = o * jnp.tanh(c_new)
+        return h_new.astype(kernel.dtype), [h_new.astype(h.dtype), c_new.astype(c.dtype)]
+
     def step(params: Params) -> Step:
-        kernel, recurrent_kernel, bias = form.read(params)
-        halves = (0.5, 0.5, 1.0, 0.5)
-        kernel, recurrent_kernel, bias = _halved(halves, units, kernel, recurrent_kernel, bias)
-
-        def lstm_step(input_t: Array, states: Sequence[Array]) -> tuple[Array, list[Array]]:
-            x, (h, c) = form.arguments(kernel, input_t, states)
-            z = _affine(x, kernel, bias) + h.astype(kernel.dtype) @ recurrent_kernel
-            wide = _wider(kernel.dtype, c.dtype)
-            i, f, g, o = (gate.astype(wide) for gate in jnp.split(jnp.tanh(z), 4, axis=-1))
-            i, f, o = map(_sigmoid, (i, f, o))
-            c_new = f * c.astype(wide) + i * g
-            h_new = o * jnp.tanh(c_new)
-            return h_new.astype(kernel.dtype), [h_new.astype(h.dtype), c_new.astype(c.dtype)]
-
-        return lstm_step
+        return Partial(lstm_step, *_halved((0.5, 0.5, 1.0, 0.5), units, *form.read(params)))
 
     return Cell(init, step, form.initial_states)
 

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import logging
 import tracemalloc
 import weakref
 
@@ -13,6 +14,7 @@ import pytest
 from helpers import CASES, GAPS, RESETS, assert_same, checking_leaks, reference_rnn
 
 import jaxrnn
+from jaxrnn import cells
 
 X = np.ones((3, 7, 2), np.float32)
 H = np.ones((3, 2), np.float32)
@@ -107,6 +109,46 @@ def test_constants_that_are_no_arrays_reach_the_step_inside_and_outside_jit():
         return jaxrnn.rnn(step, x, [H], constants=[jnp.tanh, "tanh"])
 
     assert_same(call(X), jax.jit(call)(X))
+
+
+@pytest.mark.parametrize("make", [cells.simple_rnn, cells.gru, cells.lstm])
+def test_eager_calls_with_other_parameters_of_a_cell_compile_nothing(make, caplog):
+    cell = make(2)
+    first, other = (cell.init(jax.random.key(seed), 2) for seed in (0, 1))
+
+    def results(params):
+        def run(params):
+            return jaxrnn.rnn(cell.step(params), X, cell.initial_states(3))
+
+        return run(params), jax.grad(lambda params: run(params)[0].sum())(params)
+
+    results(first)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        actual = results(other)
+    assert not [record for record in caplog.records if "Compiling" in record.getMessage()]
+    assert_same(actual, jax.jit(results)(other))
+
+
+@pytest.mark.parametrize("number", [None, 0.5])
+def test_a_step_that_holds_arrays_is_traced_once_unless_it_may_branch_on_what_it_holds(number):
+    calls = []
+
+    def step(w, *args, rate):
+        *numbers, x, states = args
+        calls.append(None)
+        h = jnp.tanh(x @ w["u"] + rate * states[0])
+        return h, [h / 2 if numbers and numbers[0] < 1 else h]
+
+    def run(scale):
+        numbers = [] if number is None else [number]
+        w, rate = {"u": scale * jnp.eye(2)}, jnp.float32(scale)
+        return jaxrnn.rnn(jax.tree_util.Partial(step, w, *numbers, rate=rate), X, [H])
+
+    run(1)
+    before = len(calls)
+    actual = run(2)
+    assert (len(calls) == before) == (number is None)
+    assert_same(actual, jax.jit(run, static_argnums=0)(2))
 
 
 def test_states_handed_on_trace_nothing_new():
