@@ -10,11 +10,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.tree_util import Partial
 
 PyTree = Any
 Run = Callable[[Any, Any, PyTree], PyTree]
-Given = tuple[tuple[Any, ...], dict[str, Any]]
+Arrays = tuple[Any, ...]
+
+
+@jax.tree_util.register_pytree_node_class
+class PureStep:
+    """A function with arrays that it takes before all else; a pytree of these.
+
+    It branches on none of them, and reads nothing beside what it is given.
+    """
+
+    def __init__(self, function: Callable[..., Any], *arrays: Any):
+        """Binds `arrays`."""
+        self.function, self.arrays = function, arrays
+        self.__name__ = function.__name__
+
+    def __call__(self, *args: Any) -> Any:
+        """What the function makes of the arrays and of `args`."""
+        return self.function(*self.arrays, *args)
+
+    def tree_flatten(self) -> tuple[Arrays, Callable[..., Any]]:
+        """The arrays, and the function."""
+        return self.arrays, self.function
+
+    @classmethod
+    def tree_unflatten(cls, function: Callable[..., Any], arrays: Arrays) -> "PureStep":
+        """The opposite."""
+        return cls(function, *arrays)
 
 
 def run_compiled(name: str, run: Run, function: Any, options: Any, operands: PyTree) -> PyTree:
@@ -27,15 +52,17 @@ def run_compiled(name: str, run: Run, function: Any, options: Any, operands: PyT
     Args:
         name: what profilers show.
         run: a function of a module; it stays for good.
-        function: the caller's; arrays that a `jax.tree_util.Partial` holds are operands.
+        function: the caller's; the arrays of a `PureStep` are operands.
         options: hashable.
         operands: pytree of arrays.
     """
-    apart = all(map(_is_operand, jax.tree.leaves(operands)))
-    if not apart or _in_jit():
+    arrays: Arrays = ()
+    bare = function
+    if isinstance(function, PureStep):
+        arrays, bare = function.tree_flatten()
+    if not all(map(_is_operand, jax.tree.leaves((arrays, operands)))) or _in_jit():
         return run(function, options, operands)
-    bare, given = _without_arrays(function)
-    return _compiled(name, run, bare)(options, given, operands)
+    return _compiled(name, run, bare)(options, arrays, operands)
 
 
 def is_jit_disabled() -> bool:
@@ -56,41 +83,27 @@ def _is_operand(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | float | complex)
 
 
-def _without_arrays(function: Any) -> tuple[Any, Given]:
-    """A function, and the arrays that it is given beforehand if it is a pytree of these alone.
-
-    On other leaves, such as Python numbers, it may branch.
-    """
-    if isinstance(function, Partial):
-        given = function.args, function.keywords
-        if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(given)):
-            return function.func, given
-    return function, ((), {})
-
-
-def _compiled(name: str, run: Run, function: Any) -> Callable[[Any, Given, PyTree], PyTree]:
-    """`run` of one function, with the arrays that it is given beforehand, jitted.
+def _compiled(name: str, run: Run, function: Any) -> Callable[[Any, Arrays, PyTree], PyTree]:
+    """`run` of one function, or of a `PureStep` of it and of arrays, jitted.
 
     Kept as long as the function is: what is jitted refers to it weakly, or it would never be freed.
     A function that cannot be referred to so is simply traced again.
     """
 
-    def with_given(function: Any, options: Any, given: Given, operands: PyTree) -> PyTree:
-        args, keywords = given
-        whole = Partial(function, *args, **keywords) if args or keywords else function
-        return run(whole, options, operands)
+    def run_with(function: Any, options: Any, arrays: Arrays, operands: PyTree) -> PyTree:
+        return run(PureStep(function, *arrays) if arrays else function, options, operands)
 
     try:
         return _jitted[run][function]
     except KeyError:
         reference = weakref.ref(function)
     except TypeError:
-        return functools.partial(with_given, function)
+        return functools.partial(run_with, function)
 
-    def call(options: Any, given: Given, operands: PyTree) -> PyTree:
+    def call(options: Any, arrays: Arrays, operands: PyTree) -> PyTree:
         function = reference()
         assert function is not None, "the caller holds it"
-        return with_given(function, options, given, operands)
+        return run_with(function, options, arrays, operands)
 
     call.__name__ = name
     _jitted[run][function] = jitted = jax.jit(call, static_argnums=0)
@@ -98,5 +111,5 @@ def _compiled(name: str, run: Run, function: Any) -> Callable[[Any, Given, PyTre
 
 
 _jitted: defaultdict[
-    Run, weakref.WeakKeyDictionary[Any, Callable[[Any, Given, PyTree], PyTree]]
+    Run, weakref.WeakKeyDictionary[Any, Callable[[Any, Arrays, PyTree], PyTree]]
 ] = defaultdict(weakref.WeakKeyDictionary)

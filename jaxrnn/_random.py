@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxrnn._jaxpr import Equation, bind, inline, trace
+from jaxrnn._jaxpr import Equation, at, bind, inline, trace
 from jaxrnn._placement import is_cpu
 from jaxrnn._primitives import THREEFRY, random_bits_p, threefry2x32_p
 
@@ -46,14 +46,15 @@ def bind_spelled_out(equation: Equation, operands: Sequence[Any]) -> list[Any]:
 
     for _ in key.shape:
         draw = jax.vmap(draw)
-    given = [jax.random.key_data(key), *others]
-    traced = trace(draw, *given)
-    (drawn,) = inline(traced.program, *traced.consts, *given, apply=_bind_rounds)
-    if primitive is random_bits_p:
-        return [drawn]
-    # Or XLA would make keys within the kernels that read them, one within the other: those of a few
-    # steps in one iteration took it minutes to compile.
-    return [jax.random.wrap_key_data(lax.optimization_barrier(drawn), impl="threefry2x32")]
+    with at(equation):
+        given = [jax.random.key_data(key), *others]
+        traced = trace(draw, *given)
+        (drawn,) = inline(traced.program, *traced.consts, *given, apply=_bind_rounds)
+        if primitive is random_bits_p:
+            return [drawn]
+        # Or XLA would make keys within the kernels that read them, one within the other: those of a
+        # few steps in one iteration took it minutes to compile.
+        return [jax.random.wrap_key_data(lax.optimization_barrier(drawn), impl="threefry2x32")]
 
 
 def _bind_rounds(equation: Equation, operands: Sequence[Any]) -> list[Any]:

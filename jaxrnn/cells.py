@@ -25,8 +25,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.tree_util import Partial
 from jax.typing import ArrayLike, DTypeLike
+
+from jaxrnn._eager import PureStep
 
 __all__ = ["Cell", "gru", "lstm", "simple_rnn"]
 
@@ -41,8 +42,8 @@ class Cell(NamedTuple):
         init: `(key, features) -> params`, the parameters for inputs of that many features.
         step: `(params) -> step_function`, where `step_function(input_t, states)` takes an input
             `[B, D]` and a list of states `[B, H]`, the first of which is the previous output, and
-            returns `(output, new_states)`: what `jaxrnn.rnn` expects. It is a pytree of arrays
-            (`jax.tree_util.Partial`), and outside `jit` one of other parameters compiles nothing.
+            returns `(output, new_states)`: what `jaxrnn.rnn` expects. It is a pytree of arrays,
+            and outside `jit` one with other parameters compiles nothing.
         initial_states: `(batch) -> states`, a list of zeros `[B, H]`, one for each state.
     """
 
@@ -98,7 +99,7 @@ def simple_rnn(
         return output, [output.astype(h.dtype)]
 
     def step(params: Params) -> Step:
-        return Partial(simple_rnn_step, *form.read(params))
+        return PureStep(simple_rnn_step, *form.read(params))
 
     return Cell(form.init, step, form.initial_states)
 
@@ -167,7 +168,7 @@ def gru(
     def step(params: Params) -> Step:
         kernel, recurrent_kernel, bias = _halved((0.5, 0.5, 1.0), units, *form.read(params))
         biases = jnp.broadcast_to(bias, (2, 3 * units))
-        return Partial(gru_step, kernel, recurrent_kernel, *biases)
+        return PureStep(gru_step, kernel, recurrent_kernel, *biases)
 
     return Cell(form.init, step, form.initial_states)
 
@@ -238,7 +239,7 @@ def lstm(
         return h_new.astype(kernel.dtype), [h_new.astype(h.dtype), c_new.astype(c.dtype)]
 
     def step(params: Params) -> Step:
-        return Partial(lstm_step, *_halved((0.5, 0.5, 1.0, 0.5), units, *form.read(params)))
+        return PureStep(lstm_step, *_halved((0.5, 0.5, 1.0, 0.5), units, *form.read(params)))
 
     return Cell(init, step, form.initial_states)
 

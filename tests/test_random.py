@@ -61,6 +61,20 @@ def test_bits_are_those_of_lax_scan(shape):
     )
 
 
+@pytest.mark.parametrize("flags", [{}, {"method": "sequential", "chunk": 3, "remat": True}])
+def test_a_setting_of_the_step_holds_for_what_is_drawn_under_it(flags):
+    def step(key, _):
+        with jax.threefry_partitionable(False):
+            key, now, then = jax.random.split(key, 3)
+            drawn = jax.random.bits(now, (5,))
+        return key, (drawn, jax.random.bits(then, (5,)))
+
+    key, drawn = jaxrnn.scan(step, KEY, length=TIME, **flags)
+    expected_key, expected = lax.scan(step, KEY, length=TIME)
+    assert_identical(drawn, expected)
+    assert_same(key, expected_key)
+
+
 @pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey])
 def test_bits_of_many_keys_at_once(make_key):
     """An ensemble, a batch of keys in the state, and both under `jit`."""
