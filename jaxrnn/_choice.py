@@ -12,10 +12,9 @@ from jaxrnn._block import Steps
 from jaxrnn._checkpoints import not_to_be_kept
 from jaxrnn._columns import MisfitError
 from jaxrnn._fission import Kind, Plan, shrinks
-from jaxrnn._gains import MANY_TERMS, has_one_row, terms
+from jaxrnn._gains import has_one_row
 from jaxrnn._jaxpr import (
     Atom,
-    Equation,
     Var,
     hides_product,
     is_free,
@@ -122,9 +121,8 @@ def steps_of(
     to fill up much that is kept, to the number of samples that it works on.
     """
     on_gpu = placement.gpu() is not None
-    whole = on_gpu and chunk == "auto"
-    if fused and time * _filled_up(plan) > 1 << 30:
-        whole = False
+    is_filled_up = fused and time * _filled_up(plan) > 1 << 30
+    whole = on_gpu and chunk == "auto" and not is_filled_up
     if on_gpu and unroll is not True and unroll <= 1:
         unroll = max(1, min(8, 512 // len(plan.body.equations)))
     over_states = block_length(chunk, False, time, plan, fused, over_states=True)
@@ -157,7 +155,8 @@ def block_length(
     if remat:
         return math.isqrt(time - 1) + 1 if time > 1 else 1
     assert plan is not None
-    per_step = _bytes_of_passes(plan)
+    # Of what a pass makes on its way a part counts, or scratch memory would grow with the sequence.
+    per_step = max(_bytes_of_passes(plan), _bytes_made(plan) // 4)
     if over_states or placement.gpu() is not None:
         # That counts where these are more than the passes make, as with a matrix for a state.
         per_step += 2 * max(_bytes_of_states(plan) - per_step, 0)
@@ -256,7 +255,7 @@ def results_block(plan: Plan, steps: Steps, block: int) -> int:
     """
     if not steps.adapts or jax.device_count() > 1:
         return block
-    between = _bytes_between(plan)
+    between = max(_bytes_between(plan), _bytes_made(plan) // 4)
     target = (4 << 20) // max(between, 1)
     products = list(filter(multiply_adds, plan.in_passes))
     if 0 < steps.length * sum(map(multiply_adds, products)) <= 1 << 24:
@@ -264,11 +263,6 @@ def results_block(plan: Plan, steps: Steps, block: int) -> int:
     elif steps.length * between <= 8 << 20:
         target = steps.length
     return _near_divisor(steps.length, max(4, target))
-
-
-def take_all_cores(passes: Iterable[Equation]) -> bool:
-    """Whether there is a product among those in passes that all cores of a CPU have work with."""
-    return max(map(terms, filter(multiply_adds, passes)), default=0) >= MANY_TERMS
 
 
 def tangent_block(plan: Plan, steps: Steps, block: int) -> int:
@@ -378,6 +372,11 @@ def _bytes_of_states(plan: Plan) -> int:
 def _bytes_of_passes(plan: Plan) -> int:
     """What passes hand on per step."""
     return _bytes(v for stage in plan.stages for v in stage.program.outvars)
+
+
+def _bytes_made(plan: Plan) -> int:
+    """The most that a pass makes on its way per step, as the logits of a loss."""
+    return _largest(v for e in plan.in_passes if not is_free(e) for v in e.outvars)
 
 
 def _bytes_between(plan: Plan) -> int:

@@ -5,6 +5,7 @@ just as soon, compiled in half the time.
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from jaxrnn import _placement as placement
@@ -161,3 +162,8 @@ def _spread(plan: Plan) -> int:
 def terms(product: Equation) -> int:
     """How many terms each number that a product makes is the sum of."""
     return multiply_adds(product) // max(size(product.outvars[0]), 1)
+
+
+def take_all_cores(passes: Iterable[Equation]) -> bool:
+    """Whether there is a product among those in passes that all cores of a CPU have work with."""
+    return max(map(terms, filter(multiply_adds, passes)), default=0) >= MANY_TERMS

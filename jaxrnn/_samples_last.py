@@ -20,9 +20,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxrnn._block import Steps
-from jaxrnn._choice import samples_last, take_all_cores
+from jaxrnn._choice import samples_last
 from jaxrnn._fission import Kind, Loop, Plan, Stage
 from jaxrnn._form import Form
+from jaxrnn._gains import take_all_cores
 from jaxrnn._jaxpr import (
     Atom,
     Equation,

@@ -65,6 +65,31 @@ def scratch_bytes(scan, time, **flags):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+def loss_of_logits(h, x):
+    h = jnp.tanh(x + h @ jnp.eye(UNITS))
+    logits = h @ jnp.ones((UNITS, 1000))
+    return h, jax.nn.logsumexp(logits, axis=-1)
+
+
+def mean_of_noise(carry, x):
+    h, key = carry
+    key, now = jax.random.split(key)
+    noise = jax.random.normal(now, (32, *h.shape)).mean(0)
+    h = jnp.tanh(x + h @ jnp.eye(UNITS) + noise)
+    return (h, key), h[:, 0]
+
+
+@pytest.mark.parametrize("step", [loss_of_logits, mean_of_noise])
+def test_what_a_pass_makes_on_its_way_is_not_there_for_all_steps(step):
+    """Only compiled: for all steps it would be 250 MiB."""
+    h, key = jnp.zeros((BATCH, UNITS)), jax.random.key(0)
+    init = h if step is loss_of_logits else (h, key)
+    xs = jax.ShapeDtypeStruct((1 << 14, BATCH, UNITS), jnp.float32)
+    run = jax.jit(lambda xs: jaxrnn.scan(step, init, xs, method="sequential")[1])
+    compiled = run.lower(xs).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 25 << 20
+
+
 @pytest.mark.parametrize("chunk", ["auto", 16, None])
 @pytest.mark.parametrize(
     ("make", "arrays"),
