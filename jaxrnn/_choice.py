@@ -290,7 +290,7 @@ def tangent_block(plan: Plan, steps: Steps, block: int) -> int:
     handed = [v for s in plan.stages for v in variables([*s.program.invars, *s.program.outvars])]
     if _largest(v for v in handed if plan.times[v] != -1) >= _bytes(plan.carries):
         block = min(block, steps.over_states)
-    made = _largest(v for e in passes for v in variables(e.outvars))
+    made = _bytes_made(plan)
     target = _bytes_of_block(v for v in plan.body.invars if v in plan.accumulated)
     return _near_divisor(block, max(1, target * jax.device_count() // max(made, 1)))
 

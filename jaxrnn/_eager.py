@@ -1,6 +1,5 @@
 """Calls outside `jit`: compiled once for each function that a caller hands in."""
 
-import functools
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
@@ -56,10 +55,7 @@ def run_compiled(name: str, run: Run, function: Any, options: Any, operands: PyT
         options: hashable.
         operands: pytree of arrays.
     """
-    arrays: Arrays = ()
-    bare = function
-    if isinstance(function, PureStep):
-        arrays, bare = function.tree_flatten()
+    arrays, bare = function.tree_flatten() if isinstance(function, PureStep) else ((), function)
     if not all(map(_is_operand, jax.tree.leaves((arrays, operands)))) or _in_jit():
         return run(function, options, operands)
     return _compiled(name, run, bare)(options, arrays, operands)
@@ -89,21 +85,17 @@ def _compiled(name: str, run: Run, function: Any) -> Callable[[Any, Arrays, PyTr
     Kept as long as the function is: what is jitted refers to it weakly, or it would never be freed.
     A function that cannot be referred to so is simply traced again.
     """
-
-    def run_with(function: Any, options: Any, arrays: Arrays, operands: PyTree) -> PyTree:
-        return run(PureStep(function, *arrays) if arrays else function, options, operands)
-
     try:
         return _jitted[run][function]
     except KeyError:
         reference = weakref.ref(function)
     except TypeError:
-        return functools.partial(run_with, function)
+        return lambda options, _, operands: run(function, options, operands)
 
     def call(options: Any, arrays: Arrays, operands: PyTree) -> PyTree:
         function = reference()
         assert function is not None, "the caller holds it"
-        return run_with(function, options, arrays, operands)
+        return run(PureStep(function, *arrays) if arrays else function, options, operands)
 
     call.__name__ = name
     _jitted[run][function] = jitted = jax.jit(call, static_argnums=0)

@@ -344,7 +344,8 @@ def is_movable(equation: Equation) -> bool:
 
 def is_free(equation: Equation) -> bool:
     """Whether `equation` only arranges data: cheaper to repeat than to carry what it makes."""
-    return equation.primitive in FREE | key_data_p() | {split_p()}
+    primitive = equation.primitive
+    return primitive in FREE or primitive in key_data_p() or primitive is split_p()
 
 
 def is_elementwise(equation: Equation) -> bool:

@@ -24,7 +24,7 @@ from jaxrnn._jaxpr import (
     shape,
 )
 from jaxrnn._placement import is_lone_cpu
-from jaxrnn._primitives import RANDOM, dot_general_p
+from jaxrnn._primitives import THREEFRY, dot_general_p
 from jaxrnn._random import bind_spelled_out
 from jaxrnn._units import bind_without_units
 
@@ -73,7 +73,7 @@ def run_rows(
             product = _matrix_product(equation, axes, columns, *operands)
             transposed = kind == "tangent"
             run = functools.partial(bind_without_units, equation, transposed, axes, length)
-            if equation.primitive in RANDOM:
+            if equation.primitive in THREEFRY:
                 run = functools.partial(bind_spelled_out, equation)
             outs = [product] if product is not None else jax.vmap(run, in_axes=(axes,))(operands)
         env |= zip(equation.outvars, outs, strict=True)

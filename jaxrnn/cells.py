@@ -87,19 +87,16 @@ def simple_rnn(
     )
 
     def simple_rnn_step(
-        kernel: Array,
-        recurrent_kernel: Array,
-        bias: Array,
-        input_t: Array,
-        states: Sequence[Array],
+        weights: Sequence[Array], input_t: Array, states: Sequence[Array]
     ) -> tuple[Array, list[Array]]:
+        kernel, recurrent_kernel, bias = weights
         x, (h,) = form.arguments(kernel, input_t, states)
         z = _affine(x, kernel, bias) + h.astype(kernel.dtype) @ recurrent_kernel
         output = activation(z).astype(kernel.dtype)
         return output, [output.astype(h.dtype)]
 
     def step(params: Params) -> Step:
-        return PureStep(simple_rnn_step, *form.read(params))
+        return PureStep(simple_rnn_step, form.read(params))
 
     return Cell(form.init, step, form.initial_states)
 
@@ -146,13 +143,9 @@ def gru(
     units = form.units
 
     def gru_step(
-        kernel: Array,
-        recurrent_kernel: Array,
-        input_bias: Array,
-        recurrent_bias: Array,
-        input_t: Array,
-        states: Sequence[Array],
+        weights: Sequence[Array], input_t: Array, states: Sequence[Array]
     ) -> tuple[Array, list[Array]]:
+        kernel, recurrent_kernel, input_bias, recurrent_bias = weights
         x, (h,) = form.arguments(kernel, input_t, states)
         from_input = _affine(x, kernel, input_bias)
         from_state = _affine(h.astype(kernel.dtype), recurrent_kernel, recurrent_bias)
@@ -168,7 +161,7 @@ def gru(
     def step(params: Params) -> Step:
         kernel, recurrent_kernel, bias = _halved((0.5, 0.5, 1.0), units, *form.read(params))
         biases = jnp.broadcast_to(bias, (2, 3 * units))
-        return PureStep(gru_step, kernel, recurrent_kernel, *biases)
+        return PureStep(gru_step, (kernel, recurrent_kernel, *biases))
 
     return Cell(form.init, step, form.initial_states)
 
@@ -223,12 +216,9 @@ def lstm(
         return params
 
     def lstm_step(
-        kernel: Array,
-        recurrent_kernel: Array,
-        bias: Array,
-        input_t: Array,
-        states: Sequence[Array],
+        weights: Sequence[Array], input_t: Array, states: Sequence[Array]
     ) -> tuple[Array, list[Array]]:
+        kernel, recurrent_kernel, bias = weights
         x, (h, c) = form.arguments(kernel, input_t, states)
         z = _affine(x, kernel, bias) + h.astype(kernel.dtype) @ recurrent_kernel
         wide = _wider(kernel.dtype, c.dtype)
@@ -239,7 +229,7 @@ def lstm(
         return h_new.astype(kernel.dtype), [h_new.astype(h.dtype), c_new.astype(c.dtype)]
 
     def step(params: Params) -> Step:
-        return PureStep(lstm_step, *_halved((0.5, 0.5, 1.0, 0.5), units, *form.read(params)))
+        return PureStep(lstm_step, _halved((0.5, 0.5, 1.0, 0.5), units, *form.read(params)))
 
     return Cell(init, step, form.initial_states)
 
