@@ -6,7 +6,7 @@ Every step is written for `lax.scan`, with time first, and says nothing of speed
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.steps import gated, memories, networks, noisy, other
+from benchmarks.steps import gated, language, memories, networks, noisy, other
 from benchmarks.steps.forms import Draw, Loop, Size, gradient_of
 
 __all__ = ["STEPS", "Draw", "Loop", "Size", "Step", "gradient_of", "random_step"]
@@ -27,6 +27,7 @@ SMALL = Size(8, 128, 32, 32)
 NARROW = Size(16, 256, 8, 64)
 MEDIUM = Size(32, 128, 64, 128)
 LARGE = Size(32, 100, 256, 512)
+LONG = Size(8, 2048, 32, 32)
 
 STEPS = (
     Step("Elman", gated.elman, (TINY, ONE, NARROW, MEDIUM, LARGE)),
@@ -37,7 +38,7 @@ STEPS = (
     Step("LSTM, concatenating", gated.lstm_concatenating, (TINY, MEDIUM)),
     Step("LSTM, columns under vmap", gated.lstm_columns, (ONE, NARROW, MEDIUM)),
     Step("LSTM, vmap around the loop", gated.lstm_mapped, (NARROW, MEDIUM)),
-    Step("GRU", gated.gru, (TINY, ONE, NARROW, MEDIUM, LARGE)),
+    Step("GRU", gated.gru, (TINY, ONE, NARROW, MEDIUM, LARGE, LONG)),
     Step("GRU, einsum over gates", gated.gru_einsum, (ONE, MEDIUM)),
     Step("minGRU", other.min_gru, (MEDIUM,)),
     Step("diagonal", other.diagonal, (TINY, MEDIUM)),
@@ -54,8 +55,9 @@ STEPS = (
     Step("convolutional LSTM", gated.conv_lstm, (Size(4, 64, 8, 16),)),
     Step("integer count", other.count, (MEDIUM,)),
     Step("Kalman filter", other.kalman, (Size(8, 128, 2, 4),)),
-    Step("GRU, tokens to logits", gated.logits, (MEDIUM,)),
-    Step("LSTM over tokens", gated.embedding, (MEDIUM,)),
+    Step("GRU, tokens to logits", language.logits, (MEDIUM,)),
+    Step("LSTM over tokens", language.embedding, (MEDIUM,)),
+    Step("GRU, loss over tokens", language.token_loss, (MEDIUM, LONG)),
     Step("dropout key in state", noisy.dropout, (TINY, ONE, MEDIUM)),
     Step("LSTM, zoneout", noisy.zoneout, (NARROW, MEDIUM)),
     Step("Langevin dynamics", noisy.langevin, (ONE, MEDIUM)),

@@ -296,40 +296,6 @@ def conv_lstm(draw: Draw, size: Size) -> Loop:
     return loop(body, params, init, draw.normal(T, B, 16, D))
 
 
-def logits(draw: Draw, size: Size) -> Loop:
-    """A GRU language model: tokens in, logits over 1000 of them out at every step."""
-    B, T, D, H = size
-    vocabulary = 1000
-
-    def body(p):
-        def step(h, token):
-            h = gru_cell(p, p["embedding"][token], h)
-            return h, h @ p["V"]
-
-        return step
-
-    params = draw.gates(3, D, H)
-    params |= {"embedding": draw.normal(vocabulary, D), "V": draw.weight(H, vocabulary)}
-    return loop(body, params, draw.normal(B, H), draw.integers(vocabulary, T, B))
-
-
-def embedding(draw: Draw, size: Size) -> Loop:
-    """Tokens in, looked up inside the step; the last state is what counts."""
-    B, T, D, H = size
-    vocabulary = 1000
-
-    def body(p):
-        def step(carry, token):
-            h, c = lstm_cell(p, p["embedding"][token], *carry)
-            return (h, c), None
-
-        return step
-
-    params = draw.gates(4, D, H) | {"embedding": draw.normal(vocabulary, D)}
-    init = (draw.normal(B, H), draw.normal(B, H))
-    return loop(body, params, init, draw.integers(vocabulary, T, B))
-
-
 def masked(draw: Draw, size: Size) -> Loop:
     """Padded sequences: `rnn` with a mask against the loop that holds states by hand."""
     B, T, D, H = size
