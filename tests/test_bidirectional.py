@@ -215,6 +215,54 @@ def test_with_cells_equals_two_runs_of_rnn(problem):
     )
 
 
+STARTS = np.array(
+    [[1, 0, 1, 0, 0, 1], [0, 1, 0, 0, 1, 0], [0, 0, 0, 1, 0, 0], [1, 1, 1, 0, 1, 1]], bool
+)
+
+
+@pytest.mark.parametrize("time_major", [False, True])
+@pytest.mark.parametrize(
+    "valid", [None, RIGHT_PADDED, WITH_GAPS], ids=["everything", "right", "gaps"]
+)
+def test_no_side_looks_beyond_where_a_sample_begins_anew(problem, valid, time_major):
+    """Each piece by itself, from the initial states, its masked steps left out."""
+    counts = np.ones((B, T), bool) if valid is None else valid
+    x = np.where(counts[..., None], problem["x"], np.nan)
+    arguments = {"mask": valid, "reset": STARTS}
+    if time_major:
+        x = x.swapaxes(0, 1)
+        arguments = {k: None if v is None else v.T for k, v in arguments.items()}
+    _, outputs, states = call(problem, x, time_major=time_major, **arguments)
+    for side, order in enumerate((1, -1)):
+        actual = np.asarray(outputs[side]).swapaxes(0, 1) if time_major else outputs[side]
+        weight, rate = problem["weights"][side], problem["rates"][side]
+        for b in range(B):
+            steps = np.flatnonzero(counts[b])
+            pieces = np.split(steps, np.flatnonzero(STARTS[b][steps]))
+            for piece in (p[::order] for p in pieces if p.size):
+                expected, state = numpy_decay(
+                    weight, rate, problem["x"][b][piece], problem["initial"][side][b]
+                )
+                np.testing.assert_allclose(actual[b][piece], expected, atol=1e-5)
+                if piece[-1] == (steps[-1], steps[0])[side]:
+                    np.testing.assert_allclose(states[side][0][b], state, atol=1e-5)
+
+
+def test_both_steps_get_the_constants(problem):
+    def step(x, states):
+        total, shift, scale = states
+        total = total + scale * x + shift
+        return total, [total]
+
+    x, (shift, scale) = problem["x"], (problem["x"][:, 0], np.float32(3))
+    start = [jnp.zeros((B, D))]
+    _, outputs, states = bidirectional(step, step, x, start, start, constants=[shift, scale])
+    added = 3 * x + shift[:, None]
+    np.testing.assert_allclose(outputs[0], np.cumsum(added, 1), atol=1e-5)
+    np.testing.assert_allclose(outputs[1], np.cumsum(added[:, ::-1], 1)[:, ::-1], atol=1e-5)
+    assert [len(side) for side in states] == [1, 1]
+
+
 def test_mistakes_are_reported_as_rnn_reports_them(problem):
     with pytest.raises(ValueError, match="mask"):
         call(problem, problem["x"], mask=np.ones((B, T + 1), bool))
