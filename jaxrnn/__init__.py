@@ -2,10 +2,10 @@
 
 from jaxrnn import cells
 from jaxrnn._bidirectional import bidirectional
-from jaxrnn._explain import explain
+from jaxrnn._explain import explain, explain_scan
 from jaxrnn._rnn import rnn
 from jaxrnn._scan import scan
 
 __version__ = "0.1.0"
 
-__all__ = ["bidirectional", "cells", "explain", "rnn", "scan"]
+__all__ = ["bidirectional", "cells", "explain", "explain_scan", "rnn", "scan"]

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxrnn._affine import run_affine
 from jaxrnn._columns import MisfitError
 from jaxrnn._early import carried
-from jaxrnn._fission import Loop, Plan
+from jaxrnn._fission import How, Loop, Plan
 from jaxrnn._fused import run_fused
 from jaxrnn._jaxpr import Atom, Literal, Program, read, variables
 from jaxrnn._kernel import recipe
-from jaxrnn._passes import run_rows
+from jaxrnn._passes import run_rows, time_first
 from jaxrnn._placement import empty_rows
 
 Array = jax.Array
@@ -28,7 +29,7 @@ class Steps(NamedTuple):
         length: as for `lax.scan`, like the next two.
         reverse: whether from the last step to the first.
         unroll: steps per iteration.
-        fused: whether recurrences that fit are run as one kernel.
+        how: in what way recurrences are run, as a kernel those that fit.
         whole_tangent: whether a tangent is one block where its results are several.
         adapts: whether blocks may have other lengths than the one that is told for all.
         over_states: timesteps per block of a tangent whose passes go over rows like the states.
@@ -38,7 +39,7 @@ class Steps(NamedTuple):
     length: int
     reverse: bool
     unroll: int | bool
-    fused: bool = False
+    how: How = "sequential"
     whole_tangent: bool = False
     adapts: bool = False
     over_states: int = 0
@@ -322,11 +323,6 @@ def block_of(rows: Array, axis: int, index: Array, steps: Steps) -> Array:
     return time_first(taken, axis)
 
 
-def time_first(rows: Array, axis: int) -> Array:
-    """`rows`, of which `axis` is time, with time on the first."""
-    return jnp.moveaxis(rows, axis, 0) if axis else rows
-
-
 class _Writer:
     """Writes the rows `outs` of one block, those of `index`, into those of all steps."""
 
@@ -337,9 +333,9 @@ class _Writer:
     def run_loop(
         self, loop: Loop, consts: list[Array], carry: list[Array], xs: list[Array], steps: Steps
     ) -> tuple[list[Array], list[Array]]:
-        """Runs a loop, each step of which writes its row; a kernel writes its own."""
-        if (fused := _run_as_kernel(loop, consts, carry, xs, steps)) is not None:
-            return fused
+        """Runs a loop, each step of which writes its row if it runs step by step."""
+        if (done := _run_otherwise(loop, consts, carry, xs, steps)) is not None:
+            return done
         places = [i for i in sorted(self.missing) if self.outs[i] in loop.ys]
         others = [v for v in loop.ys if v not in self.outs]
 
@@ -378,8 +374,8 @@ def _write(whole: Array, rows: Array, start: Array) -> Array:
 def _run_loop(
     loop: Loop, consts: list[Array], carry: list[Array], xs: list[Array], steps: Steps
 ) -> tuple[list[Array], list[Array]]:
-    if (fused := _run_as_kernel(loop, consts, carry, xs, steps)) is not None:
-        return fused
+    if (done := _run_otherwise(loop, consts, carry, xs, steps)) is not None:
+        return done
     state, of_rows = carried(loop.program, consts, carry)
     state, ys = steps.scan(
         lambda state, x: of_rows(state, list(map(one_row, xs, x))), state, list(map(given_rows, xs))
@@ -387,14 +383,15 @@ def _run_loop(
     return state[: len(carry)], ys
 
 
-def _run_as_kernel(
+def _run_otherwise(
     loop: Loop, consts: list[Array], carry: list[Array], xs: list[Array], steps: Steps
 ) -> tuple[list[Array], list[Array]] | None:
-    """Runs a loop as one kernel, if it is to be one and fits."""
-    if not steps.fused:
-        return None
+    """Runs a loop not step by step: in parallel, or as one kernel if it fits."""
+    way = (steps.length, steps.reverse)
+    if steps.how == "parallel":
+        return run_affine(loop, consts, carry, xs, *way)
     try:
-        how = recipe(loop.program, len(loop.consts), len(loop.carry))
+        fits = steps.how == "fused" and recipe(loop.program, len(loop.consts), len(loop.carry))
     except MisfitError:
         return None
-    return run_fused(how, consts, carry, xs, steps.length, steps.reverse)
+    return run_fused(fits, consts, carry, xs, *way) if fits else None

@@ -11,7 +11,7 @@ from jaxrnn import _placement as placement
 from jaxrnn._block import Steps
 from jaxrnn._checkpoints import not_to_be_kept
 from jaxrnn._columns import MisfitError
-from jaxrnn._fission import Kind, Plan, shrinks
+from jaxrnn._fission import How, Kind, Plan, shrinks
 from jaxrnn._gains import has_one_row
 from jaxrnn._jaxpr import (
     Atom,
@@ -53,7 +53,7 @@ def is_worthwhile(plan: Plan, time: int, chunk: int | str | None) -> bool:
     written = [e for e in plan.body.equations if e.primitive in WRITES]
     caches = _bytes(e.outvars[0] for e in written if e.invars[0] in plan.carries)
     is_small = caches < 1 << 18 or leaves >= caches
-    if not is_small and not recomputed_block(plan, time, chunk, remat=False, fused=False):
+    if not is_small and not recomputed_block(plan, time, chunk, remat=False):
         return False
     factorised = [e for e in plan.body.equations if e.primitive in FACTORISATIONS - {lu_p}]
     if any(shape(e.invars[0])[-2] > 8 for e in factorised):
@@ -111,7 +111,7 @@ def steps_of(
     unroll: int | bool,
     chunk: int | str | None,
     plan: Plan,
-    fused: bool,
+    how: How,
 ) -> Steps:
     """How the steps are run through.
 
@@ -121,13 +121,13 @@ def steps_of(
     to fill up much that is kept, to the number of samples that it works on.
     """
     on_gpu = placement.gpu() is not None
-    is_filled_up = fused and time * _filled_up(plan) > 1 << 30
+    is_filled_up = how == "fused" and time * _filled_up(plan) > 1 << 30
     whole = on_gpu and chunk == "auto" and not is_filled_up
     if on_gpu and unroll is not True and unroll <= 1:
         unroll = max(1, min(8, 512 // len(plan.body.equations)))
-    over_states = block_length(chunk, False, time, plan, fused, over_states=True)
-    adapts = chunk == "auto" and not on_gpu
-    return Steps(time, reverse, unroll, fused, whole, adapts, over_states)
+    over_states = block_length(chunk, False, time, plan, how, over_states=True)
+    adapts = chunk == "auto" and not on_gpu and how != "parallel"
+    return Steps(time, reverse, unroll, how, whole, adapts, over_states)
 
 
 def _filled_up(plan: Plan) -> int:
@@ -140,7 +140,7 @@ def block_length(
     remat: bool,
     time: int,
     plan: Plan | None,
-    fused: bool = False,
+    how: How = "sequential",
     over_states: bool = False,
 ) -> int:
     """Timesteps per block, of results and gradients unless these have reasons of their own.
@@ -157,14 +157,14 @@ def block_length(
     assert plan is not None
     # Of what a pass makes on its way a part counts, or scratch memory would grow with the sequence.
     per_step = max(_bytes_of_passes(plan), _bytes_made(plan) // 4)
-    if over_states or placement.gpu() is not None:
+    if over_states or how == "parallel" or placement.gpu() is not None:
         # That counts where these are more than the passes make, as with a matrix for a state.
         per_step += 2 * max(_bytes_of_states(plan) - per_step, 0)
     devices = jax.device_count()
     per_step //= devices  # as if split over all
     if placement.gpu() is not None:
         # Each block costs launches, and nothing is gained by staying in the cache.
-        per_step = max(per_step, _filled_up(plan) * fused)
+        per_step = max(per_step, _filled_up(plan) * (how == "fused"))
         return _near_divisor(time, max(64, (256 << 20) // max(per_step, 1)))
     # Over several devices each block costs a reduction, too.
     least, whole = (4, 0) if devices == 1 else (8, 6 << 20)
@@ -186,7 +186,7 @@ def _bytes_of_block(parameters: Iterable[Var]) -> int:
 
 
 def recomputed_block(
-    plan: Plan, time: int, chunk: int | str | None, remat: bool, fused: bool
+    plan: Plan, time: int, chunk: int | str | None, remat: bool, how: How = "sequential"
 ) -> int:
     """Timesteps per block of a gradient that runs the steps of each block again unasked, or 0.
 
@@ -198,7 +198,7 @@ def recomputed_block(
     with 16 MiB in all 0.75 to 0.9 times, with 2 MiB at each step 0.75 to 0.97 times. Nor did it pay
     where a step takes an exponential of each number of its state, or transposes them.
     """
-    if remat or fused or chunk != "auto" or not placement.is_lone_cpu():
+    if remat or how != "sequential" or chunk != "auto" or not placement.is_lone_cpu():
         return 0
     if any(map(hides_product, plan.in_loops)):
         return 0
@@ -232,7 +232,7 @@ def is_soon_made_again(plan: Plan, time: int, chunk: int | str | None) -> bool:
     if _largest(v for v in made if v in marked and plan.times[v] != -1) >= 32 * states:
         return False
     large = time * states >= 32 << 20 and _are_memories(plan)
-    return not large or recomputed_block(plan, time, chunk, remat=False, fused=False) > 0
+    return not large or recomputed_block(plan, time, chunk, remat=False) > 0
 
 
 def reads_in_place(steps: Steps) -> bool:
@@ -240,7 +240,7 @@ def reads_in_place(steps: Steps) -> bool:
 
     On a GPU a tangent is one block as a rule, and every product in a loop a kernel to start.
     """
-    return placement.gpu() is None and not steps.fused
+    return placement.gpu() is None and steps.how == "sequential"
 
 
 def results_block(plan: Plan, steps: Steps, block: int) -> int:

@@ -27,6 +27,7 @@ from jaxrnn._jaxpr import (
 from jaxrnn._placement import is_lone_cpu
 from jaxrnn._primitives import broadcast_in_dim_p, concatenate_p, pad_p, slice_p
 from jaxrnn._random import bind_spelled_out
+from jaxrnn._schedule import equations_for
 
 # What puts numbers elsewhere and changes none.
 ARRANGING = frozenset({broadcast_in_dim_p, concatenate_p, pad_p, slice_p})
@@ -78,12 +79,7 @@ def _shift(program: Program, consts: int, carry: int) -> Program:
                 moving.add(made)
                 if equation.primitive in (pad_p, concatenate_p) and made in costly:
                     shifted.append(made)
-    needed, equations = set(shifted), list[Equation]()
-    for equation in reversed(program.equations):
-        if needed.intersection(equation.outvars):
-            needed.update(variables(equation.invars))
-            equations.append(equation)
-    return program.cut(before, shifted, reversed(equations))
+    return program.cut(before, shifted, equations_for(program, shifted, before))
 
 
 def _leading_to_costly(program: Program) -> set[Var]:

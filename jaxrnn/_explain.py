@@ -1,9 +1,10 @@
-"""`explain`: what became of a step, as text."""
+"""`explain` and `explain_scan`: what became of a step, as text."""
 
 import functools
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from inspect import BoundArguments, signature
 from typing import Any
 
 import jax
@@ -12,20 +13,34 @@ from jax import lax
 
 from jaxrnn import _jaxpr, _rnn
 from jaxrnn._arguments import Step
-from jaxrnn._block import run_plain, time_first
+from jaxrnn._block import run_plain
 from jaxrnn._checkpoints import not_to_be_kept
 from jaxrnn._choice import block_length, results_block, steps_of
 from jaxrnn._gains import only_for_gradients
 from jaxrnn._jaxpr import Equation, Program, Traced
+from jaxrnn._passes import time_first
 from jaxrnn._primitives import cond_p, scan_p
 from jaxrnn._recurrence import run_split
 from jaxrnn._samples_last import in_one_loop
-from jaxrnn._scan import Split, Way, has_effects, split_body, trace_body, way_of_gradient
+from jaxrnn._scan import (
+    Body,
+    Split,
+    Way,
+    as_int,
+    check_options,
+    has_effects,
+    scan,
+    split_body,
+    time_of,
+    trace_body,
+    way_of_gradient,
+)
 
 Array = jax.Array
 PyTree = Any
 
 _WIDTH = 80
+_WHERE = {"sequential": "step by step", "fused": "one kernel", "parallel": "all steps at once"}
 
 
 def explain(
@@ -52,17 +67,17 @@ def explain(
     """
     lines: list[str] = []
 
-    def listen(
-        body: Callable[..., Any], init: PyTree, xs: PyTree, axes: Sequence[int], **options: Any
-    ) -> Any:
+    def listen(body: Body, init: PyTree, xs: PyTree, axes: Sequence[int], **options: Any) -> Any:
         xs = tuple(
             jax.tree.map(functools.partial(time_first, axis=axis), part)
             for part, axis in zip(xs, axes, strict=True)
         )
-        lines.extend(_report(body, init, xs, **options))
+        time = jax.tree.leaves(xs)[0].shape[0]
+        lines.extend(_report(body, init, xs, time, **options))
         return lax.scan(body, init, xs)
 
-    settings, operands = _rnn.prepare(step_function, inputs, initial_states, *args, **kwargs)
+    given = _arguments_of(_rnn.rnn, step_function, inputs, initial_states, *args, **kwargs)
+    settings, operands = _rnn.prepare(*given.args, **given.kwargs)
     jax.eval_shape(
         lambda operands: jax.tree.leaves(_rnn.run(step_function, settings, operands, listen)),
         operands,
@@ -70,10 +85,51 @@ def explain(
     return "\n".join(lines)
 
 
+def explain_scan(f: Body, init: PyTree, *args: Any, **kwargs: Any) -> str:
+    """Says what `jaxrnn.scan` makes of a body; nothing is computed.
+
+    Args:
+        f: as in `jaxrnn.scan`.
+        init: as in `jaxrnn.scan`.
+        *args: further arguments of `jaxrnn.scan`.
+        **kwargs: further arguments of `jaxrnn.scan`.
+
+    Returns:
+        Lines as those of `explain`.
+
+    Raises:
+        ValueError: as `jaxrnn.scan`.
+        TypeError: as `jax.lax.scan`.
+    """
+    given = _arguments_of(scan, f, init, *args, **kwargs)
+    _, _, xs, length, reverse, unroll = given.args
+    check_options(**given.kwargs)
+    lines: list[str] = []
+
+    def listen(init: PyTree, xs: PyTree) -> Any:
+        leaves = jax.tree.leaves(xs)
+        steps = 1 if time_of(xs, as_int(length)) is None else unroll
+        results = lax.scan(f, init, xs, length, reverse, steps)  # it says what is wrong
+        time = leaves[0].shape[0] if leaves else as_int(length)
+        lines.extend(_report(f, init, xs, time, reverse=reverse, unroll=unroll, **given.kwargs))
+        return results
+
+    jax.eval_shape(listen, init, xs)
+    return "\n".join(lines)
+
+
+def _arguments_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> BoundArguments:
+    """All arguments of a call, those left out with their defaults."""
+    given = signature(function).bind(*args, **kwargs)
+    given.apply_defaults()
+    return given
+
+
 def _report(
-    body: Callable[..., Any],
+    body: Body,
     init: PyTree,
     xs: PyTree,
+    time: Any,
     *,
     reverse: bool,
     unroll: int | bool,
@@ -81,9 +137,10 @@ def _report(
     remat: bool,
     method: str,
 ) -> list[str]:
-    time = jax.tree.leaves(xs)[0].shape[0]
     if not isinstance(time, int):
         return _plain(time, "", "the time axis is symbolic")
+    if not time:
+        return _plain(time, "", "there is nothing to do")
     found = trace_body(body, init, xs, method)
     split = found if isinstance(found, str) else split_body(*found, method, time, chunk)
     if isinstance(found, str) or isinstance(split, str):
@@ -91,15 +148,14 @@ def _report(
         if remat and not has_effects(body, init, xs):
             blocks = f", in blocks of {block_length(chunk, remat, time, None)} (rematerialised)"
         return _plain(time, blocks, str(split))
-    block = block_length(chunk, remat, time, split.plan, split.fused)
-    steps = steps_of(time, reverse, unroll, chunk, split.plan, split.fused)
+    block = block_length(chunk, remat, time, split.plan, split.how)
+    steps = steps_of(time, reverse, unroll, chunk, split.plan, split.how)
     results = None if remat else results_block(split.plan, steps, block)
     way = way_of_gradient(split, Way(steps, block, remat), chunk)
     again = way.remat and not remat
     block = way.block
     kept = " (rematerialised)" if way.remat else ""
-    how = "fused" if split.fused else "sequential"
-    lines = [f'method "{how}" over {time} steps, in blocks of {block}{kept}']
+    lines = [f'method "{split.how}" over {time} steps, in blocks of {block}{kept}']
     if not way.remat and not_to_be_kept(split.plan.body):
         lines.append("for gradients; what is under a checkpoint is made again")
     if results and in_one_loop(split.plan, steps) is not None:
@@ -113,8 +169,7 @@ def _report(
         when = "prologue" if i == 0 else "epilogue" if stage.loop is None else "between loops"
         lines += _section(f"per block of time: {when}", stage.program)
         if stage.loop is not None:
-            where = "one kernel" if split.fused else "step by step"
-            lines += _section(f"{where}: recurrence", stage.loop.program)
+            lines += _section(f"{_WHERE[split.how]}: recurrence", stage.loop.program)
     return [*lines, "", *_figures(found[0], split, xs, way)]
 
 

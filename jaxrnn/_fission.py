@@ -35,6 +35,8 @@ from jaxrnn._schedule import feeds_carries, is_a_loop, moves, schedule
 
 # What a body makes: results alone, results and what a tangent needs, or a tangent.
 Kind = typing.Literal["results", "keeps", "tangent"]
+# How recurrences are run: step by step, as one kernel each, or all steps of a block at once.
+How = typing.Literal["sequential", "fused", "parallel"]
 
 
 class Loop(NamedTuple):

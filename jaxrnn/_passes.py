@@ -83,6 +83,16 @@ def run_rows(
     ]
 
 
+def time_first(rows: Array, axis: int) -> Array:
+    """`rows`, of which `axis` is time, with time on the first."""
+    return jnp.moveaxis(rows, axis, 0) if axis else rows
+
+
+def shifted(rows: Array, first: Array, reverse: bool) -> Array:
+    """For every step the row of the step before it, and `first` for the first."""
+    return jnp.concatenate([rows[1:], first[None]] if reverse else [first[None], rows[:-1]])
+
+
 def _matrix_product(
     equation: Equation, axes: Sequence[int | None], together: int, *operands: Any
 ) -> Any:

@@ -18,6 +18,7 @@ cond_p = p.cond_p
 conv_general_dilated_p = p.conv_general_dilated_p
 convert_element_type_p = p.convert_element_type_p
 copy_p = p.copy_p
+div_p = p.div_p
 dot_general_p = p.dot_general_p
 eq_p = p.eq_p
 gather_p = p.gather_p

@@ -25,7 +25,6 @@ from jaxrnn._block import (
     run_in_place,
     run_invariant,
     run_plain,
-    time_first,
 )
 from jaxrnn._choice import results_block
 from jaxrnn._fission import Kind, Loop, Plan, fission
@@ -42,8 +41,10 @@ from jaxrnn._jaxpr import (
     trace,
     variables,
 )
+from jaxrnn._passes import time_first
 from jaxrnn._residuals import is_moving, residuals, symbolic_zero
 from jaxrnn._samples_last import in_one_loop
+from jaxrnn._schedule import equations_for
 from jaxrnn._tangent import Tangent
 
 Array = jax.Array
@@ -111,16 +112,12 @@ def _as_symbolic(primal: Array, tangent: Any) -> Any:
 def _varying(plan: Plan) -> tuple[list[Var], Program]:
     """The body without what runs once, and the variables that are its consts then."""
     body = plan.body
-    given = {*body.invars, *plan.invariant.outvars}
-    read = set(variables(body.outvars))
-    equations = []
-    for equation in reversed(body.equations):
-        if any(v in read and v not in given for v in equation.outvars):
-            equations.append(equation)
-            read.update(variables(equation.invars))
+    given = {*body.invars, *variables(plan.invariant.outvars)}
+    equations = equations_for(body, variables(body.outvars), given)
+    read = {*variables(body.outvars), *variables(a for e in equations for a in e.invars)}
     fixed = [v for v in [*body.invars[: plan.consts], *plan.invariant.outvars] if v in read]
     inputs = [*fixed, *body.invars[plan.consts :]]
-    return fixed, body.cut(inputs, body.outvars, reversed(equations))
+    return fixed, body.cut(inputs, body.outvars, equations)
 
 
 def _run_loop(

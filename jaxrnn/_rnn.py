@@ -10,9 +10,9 @@ import jax.numpy as jnp
 
 from jaxrnn import _arguments, _masking
 from jaxrnn._arguments import Operands, Options, Step
-from jaxrnn._block import time_first
 from jaxrnn._eager import is_jit_disabled, run_compiled
 from jaxrnn._jaxpr import Equation, inner_equations
+from jaxrnn._passes import time_first
 from jaxrnn._placement import placed_as, zeros_of
 from jaxrnn._primitives import INLINED, SMOOTH, split_p
 from jaxrnn._scan import check_options, scan_along
@@ -116,19 +116,19 @@ def prepare(
     step_function: Step,
     inputs: PyTree,
     initial_states: PyTree,
-    go_backwards: bool = False,
-    mask: Any = None,
-    constants: PyTree = None,
-    unroll: bool | int = False,
-    input_length: Any = None,
-    time_major: bool = False,
-    zero_output_for_mask: bool = False,
-    return_all_outputs: bool = True,
+    go_backwards: bool,
+    mask: Any,
+    constants: PyTree,
+    unroll: bool | int,
+    input_length: Any,
+    time_major: bool,
+    zero_output_for_mask: bool,
+    return_all_outputs: bool,
     *,
-    reset: Any = None,
-    chunk: int | str | None = "auto",
-    remat: bool = False,
-    method: str = "auto",
+    reset: Any,
+    chunk: int | str | None,
+    remat: bool,
+    method: str,
 ) -> tuple[Options, Operands]:
     """The arguments of `rnn`, checked and in normal form."""
     if not callable(step_function):

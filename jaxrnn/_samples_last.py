@@ -87,7 +87,7 @@ def in_one_loop(plan: Plan, steps: Steps) -> Plan | None:
     Beside a readout results alone gain less: it would wait for the loop, and run block by block.
     """
     with_loop = [i for i, stage in enumerate(plan.stages) if stage.loop is not None]
-    if steps.fused or not steps.adapts or with_loop != [0]:
+    if steps.how != "sequential" or not steps.adapts or with_loop != [0]:
         return None
     (program, loop), *after = plan.stages
     assert loop is not None
@@ -128,7 +128,7 @@ def in_one_loop(plan: Plan, steps: Steps) -> Plan | None:
 
 def in_loops(plan: Plan, steps: Steps) -> Plan:
     """`plan` of a tangent, with the samples last in those of its loops where that pays."""
-    if steps.fused:
+    if steps.how != "sequential":
         return plan
     stages, times, invariant = [], dict(plan.times), plan.invariant
     for stage in plan.stages:

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxrnn._affine import is_parallel
 from jaxrnn._algebra import simplify
-from jaxrnn._block import Steps, over_blocks, run_plain, time_first
+from jaxrnn._block import Steps, over_blocks, run_plain
 from jaxrnn._checkpoints import through_checkpoints
 from jaxrnn._choice import (
     block_length,
@@ -22,7 +23,7 @@ from jaxrnn._choice import (
     steps_of,
 )
 from jaxrnn._eager import is_jit_disabled, run_compiled
-from jaxrnn._fission import Plan, fission
+from jaxrnn._fission import How, Plan, fission
 from jaxrnn._gains import only_for_gradients
 from jaxrnn._jaxpr import (
     Atom,
@@ -37,6 +38,7 @@ from jaxrnn._jaxpr import (
     trace,
     weak_as,
 )
+from jaxrnn._passes import time_first
 from jaxrnn._recurrence import Results, run_split, run_with_derivative_of
 from jaxrnn._samples_last import in_one_loop
 from jaxrnn._shared import share
@@ -46,7 +48,7 @@ Array = jax.Array
 PyTree = Any
 Body = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
 
-METHODS = ("auto", "fused", "sequential", "lax")
+METHODS = ("auto", "fused", "parallel", "sequential", "lax")
 
 
 def scan(
@@ -82,6 +84,7 @@ def scan(
             read, a matrix for each sample, say, may be kept so without being asked. A body with
             effects is never run again.
         method: "auto"; "fused", on an NVIDIA GPU each recurrence as one kernel (a loop elsewhere);
+            "parallel", all steps of a block at once, for states that are scaled and added to alone;
             "sequential", the split body in order; "lax", plain `jax.lax.scan`.
 
     Returns:
@@ -89,10 +92,10 @@ def scan(
 
     Raises:
         ValueError: for an option that does not fit, "fused" for a recurrence that fits no kernel
-            among them; and what `jax.lax.scan` raises.
+            and "parallel" for one that is not affine among them; and what `jax.lax.scan` raises.
     """
     check_options(chunk, remat, method)
-    options = _Options(_as_int(length), reverse, unroll, chunk, remat, method)
+    options = _Options(as_int(length), reverse, unroll, chunk, remat, method)
     if not _is_hashable(options) or any(getattr(x, "ndim", 0) == 0 for x in jax.tree.leaves(xs)):
         return _scan(f, options, (init, xs))  # `lax.scan` says what is wrong
     return run_compiled("scan", _scan, f, options, (init, xs))
@@ -112,15 +115,15 @@ class _Options(NamedTuple):
 class Split(NamedTuple):
     """A body after fission: the plan, what it closes over, and the first carry, flat.
 
-    `traced` is the body before fission, `program(*traced.consts, *carry, *x)`; `fused` says whether
-    its recurrences are run as kernels.
+    `traced` is the body before fission, `program(*traced.consts, *carry, *x)`; `how` says in what
+    way its recurrences are run.
     """
 
     plan: Plan
     consts: tuple[Any, ...]
     carry: list[Any]
     traced: Traced
-    fused: bool
+    how: How
 
 
 class Way(NamedTuple):
@@ -147,7 +150,7 @@ def _is_hashable(options: _Options) -> bool:
     return True
 
 
-def _as_int(length: Any) -> Any:
+def as_int(length: Any) -> Any:
     """A length as a Python number, if it is a whole one."""
     try:
         return operator.index(length)
@@ -175,7 +178,7 @@ def scan_along(
     lying, tree = jax.tree.flatten(xs)
     axes = jax.tree.leaves(jax.tree.map(lambda a, x: [a] * len(jax.tree.leaves(x)), axes, xs))
     xs = jax.tree.unflatten(tree, map(time_first, lying, axes))
-    time = _time(xs, length)
+    time = time_of(xs, length)
     if time is None or not callable(f):
         # Symbolic, and then it cannot be unrolled in groups; or a mistake that it complains about.
         return lax.scan(f, init, xs, length, reverse)
@@ -212,8 +215,8 @@ def scan_along(
 def _run(split: Split, xs: list[Array], axes: list[int], options: _Options) -> list[Array]:
     """The last carry and ys of a split body, flat, with time of xs on `axes`."""
     plan, (time, reverse, unroll, chunk, remat, method) = split.plan, options
-    block = block_length(chunk, remat, time, plan, split.fused)
-    steps = steps_of(time, reverse, unroll, chunk, plan, split.fused)
+    block = block_length(chunk, remat, time, plan, split.how)
+    steps = steps_of(time, reverse, unroll, chunk, plan, split.how)
 
     def run(way: Way, consts: list[Any], carry: list[Array], xs: list[Array]) -> Results:
         return run_split(plan, consts, carry, xs, axes, *way)
@@ -240,7 +243,7 @@ def _run(split: Split, xs: list[Array], axes: list[int], options: _Options) -> l
 def way_of_gradient(split: Split, way: Way, chunk: int | str | None) -> Way:
     """How results are run for a gradient, if so for themselves."""
     steps, _, remat = way
-    if recomputed := recomputed_block(split.plan, steps.length, chunk, remat, split.fused):
+    if recomputed := recomputed_block(split.plan, steps.length, chunk, remat, split.how):
         return Way(steps, recomputed, True)
     return way
 
@@ -293,8 +296,8 @@ def trace_body(
         kind(old) != kind(new) or (is_weak(new) and not is_weak(old))
         for old, new in _old_and_new(traced, len(carry))
     )
-    if traced.has_effects and method == "fused":
-        raise ValueError("method='fused': the step has effects, and in a kernel there are none.")
+    if traced.has_effects and method in ("fused", "parallel"):
+        raise ValueError(f"method={method!r}: the step has effects, which want it run in order.")
     # JAX's rules of a product ask for the width that is allowed where they run, not where it is.
     is_wide = any(map(is_of_another_width, program.equations))
     # Under `vmap` even one in a `cond` may leave the loop.
@@ -303,7 +306,7 @@ def trace_body(
         "the step has effects, as a print or a callback has": traced.has_effects,
         "the step changes the type of its state": changes,
         "a product in the step has a width that is not enabled here": is_wide,
-        "the step has no product and draws no bits": not has_heavy and not kernels_pay(method),
+        "the step has no product and draws no bits": not has_heavy and not _gains_anyway(method),
     }
     if why := next((reason for reason, holds in reasons.items() if holds), None):
         return why
@@ -339,19 +342,25 @@ def split_body(
     opened = through_checkpoints(traced, [*carry, *x])
     traced = share(opened or traced, [*carry, *x])
     has_movable = any(is_heavy(e) and is_movable(e) for e in traced.program.equations)
-    if not has_movable and not kernels_pay(method):
+    if not has_movable and not _gains_anyway(method):
         return "no product or draw of bits in the step can be moved"
     example = [*traced.consts, *carry, *x]
     body = simplify(traced.program, len(traced.consts), len(carry), example)
     consts = (*body.consts, *traced.consts)
     plan = fission(body.program, len(consts), len(carry))
-    fused = fits_kernel(plan, method)
-    if method == "auto" and not fused:
+    how: How = "fused" if fits_kernel(plan, method) else "sequential"
+    how = "parallel" if is_parallel(plan, method) else how
+    if method == "auto" and how == "sequential":
         if not is_worthwhile(plan, time, chunk):
             return "steps like this one are no faster taken apart"
         if not is_soon_made_again(plan, time, chunk):
             return "what is under a checkpoint would take too long to make again"
-    return Split(plan, consts, carry, traced, fused)
+    return Split(plan, consts, carry, traced, how)
+
+
+def _gains_anyway(method: str) -> bool:
+    """Whether a loop may gain that nothing can be moved out of."""
+    return method == "parallel" or kernels_pay(method)
 
 
 def _is_kernel(
@@ -364,7 +373,7 @@ def _is_kernel(
         split = split_body(*body, method, time, chunk)
     except ValueError:
         return False
-    return not isinstance(split, str) and split.fused
+    return not isinstance(split, str) and split.how == "fused"
 
 
 def check_options(chunk: Any, remat: Any, method: Any) -> None:
@@ -381,7 +390,7 @@ def check_options(chunk: Any, remat: Any, method: Any) -> None:
         raise ValueError(f"method is {method!r}; expected one of {', '.join(map(repr, METHODS))}.")
 
 
-def _time(xs: PyTree, length: Any) -> int | None:
+def time_of(xs: PyTree, length: Any) -> int | None:
     """The number of timesteps; None where it is symbolic or for `lax.scan` to complain about."""
     leaves = jax.tree.leaves(xs)
     if any(jnp.ndim(x) == 0 for x in leaves):

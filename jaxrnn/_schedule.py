@@ -14,7 +14,7 @@ a product stands between two recurrences, as between the layers of a stacked net
 step, or a readout and the output that a masked step holds: the product then leaves the loop too.
 """
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from jaxrnn._jaxpr import (
     Atom,
@@ -84,6 +84,16 @@ def moves(equation: Equation, fixed: set[Var]) -> bool:
     if not (is_heavy(equation) and is_movable(equation)):
         return False
     return not multiply_adds(equation) or any(v in fixed for v in variables(equation.invars))
+
+
+def equations_for(program: Program, wanted: Iterable[Var], known: Container[Var]) -> list[Equation]:
+    """The equations that make what is `wanted` of what is `known`, in order."""
+    needed, found = set(wanted), list[Equation]()
+    for equation in reversed(program.equations):
+        if any(v in needed and v not in known for v in equation.outvars):
+            needed.update(variables(equation.invars))
+            found.append(equation)
+    return found[::-1]
 
 
 def feeds_carries(body: Program, carry: int) -> dict[Var, int]:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxrnn._affine import run_affine
 from jaxrnn._algebra import simplify
 from jaxrnn._block import (
     InPlace,
@@ -17,7 +18,6 @@ from jaxrnn._block import (
     over_blocks,
     run_block,
     run_invariant,
-    time_first,
 )
 from jaxrnn._choice import reads_in_place, tangent_block, tangent_unroll
 from jaxrnn._columns import MisfitError
@@ -36,6 +36,7 @@ from jaxrnn._jaxpr import (
     variables,
 )
 from jaxrnn._kernel import Recipe, recipe
+from jaxrnn._passes import shifted, time_first
 from jaxrnn._residuals import Residuals, State, is_moving, only_split
 from jaxrnn._samples_last import in_loops
 
@@ -142,6 +143,10 @@ class Tangent:
             rows: list[Array],
             steps: Steps,
         ) -> tuple[list[Array], list[Array]]:
+            if steps.how == "parallel":
+                done = run_affine(loop, consts, carry, rows, steps.length, steps.reverse)
+                assert done is not None, "tangents are floats"
+                return done
             how = self._as_kernel(loop, linear, steps)
             if how is not None:
                 moving = frozenset(i for i, v in enumerate(loop.xs) if v in linear)
@@ -172,7 +177,7 @@ class Tangent:
 
     def _as_kernel(self, loop: Loop, linear: set[Var], steps: Steps) -> Recipe | None:
         """How to run a loop, and its transpose, as one kernel each, if they are to be and fit."""
-        if not steps.fused or any(v in linear for v in loop.consts):
+        if steps.how != "fused" or any(v in linear for v in loop.consts):
             return None
         moving = [i for i, v in enumerate(loop.xs) if v in linear]
         try:
@@ -329,7 +334,7 @@ def _around(rows: Array, first: Array, index: Array, steps: Steps) -> tuple[Arra
     """A carry before and after each step of a block, from the `first` and all that came after."""
     time, length, reverse = len(rows), len(index), steps.reverse
     if length == time:
-        return _shifted(rows, first, reverse), rows
+        return shifted(rows, first, reverse), rows
     block = block_of(rows, 0, index, steps)
     previous = index[-1] + 1 if reverse else index[0] - 1
     is_first = (previous < 0) | (previous == time)
@@ -338,15 +343,10 @@ def _around(rows: Array, first: Array, index: Array, steps: Steps) -> tuple[Arra
     # not make as fast.
     start = jnp.clip(index[0] - (0 if reverse else 1), 0, time - length - 1)
     cut = lax.dynamic_slice_in_dim(rows, start, length + 1, allow_negative_indices=False)
-    cut = jnp.where(is_first, _shifted(cut, first, reverse), cut)
+    cut = jnp.where(is_first, shifted(cut, first, reverse), cut)
     before, after = (cut[1:], cut[:-1]) if reverse else (cut[:-1], cut[1:])
-    earlier = _shifted(block, edge, reverse)
+    earlier = shifted(block, edge, reverse)
     return _differentiated_as(earlier, before), _differentiated_as(block, after)
-
-
-def _shifted(rows: Array, first: Array, reverse: bool) -> Array:
-    """For every step the row of the step before it, and `first` for the first."""
-    return jnp.concatenate([rows[1:], first[None]] if reverse else [first[None], rows[:-1]])
 
 
 def _differentiated_as(value: Array, same: Array) -> Array:

@@ -140,6 +140,54 @@ def test_mistakes_are_named_as_rnn_names_them():
         explain(mask=jnp.ones((B, T + 1)))
 
 
+def body(carry, x):
+    y, states = lstm_with_readout(x, carry)
+    return tuple(states), y
+
+
+def explain_scan(*args, **options):
+    return jaxrnn.explain_scan(body, tuple(STATES), *args, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"chunk": 4, "remat": True}, {"method": "lax"}, {"method": "sequential"}],
+    ids=str,
+)
+def test_a_scan_is_explained_as_the_rnn_that_it_is_part_of(options):
+    of_rnn = jaxrnn.explain(lstm_with_readout, INPUTS, STATES, **options)
+    assert explain_scan(INPUTS.swapaxes(0, 1), **options) == of_rnn
+
+
+def test_a_scan_without_xs_or_steps():
+    generated = jaxrnn.explain_scan(
+        lambda h, _: (jnp.tanh(h) @ jnp.ones((H, H)), jnp.cos(h) @ jnp.ones((H, V))),
+        STATES[0],
+        length=T,
+        method="sequential",
+    )
+    assert generated.startswith(f'method "sequential" over {T} steps')
+    assert f"@ float32[{H}, {V}]" in section(generated, "epilogue")
+    assert (
+        explain_scan(jnp.ones((0, B, D))) == "plain lax.scan over 0 steps: there is nothing to do"
+    )
+
+
+def test_mistakes_in_a_scan_are_named_as_scan_names_them():
+    for mistake, error in (
+        (lambda scan: scan(body, tuple(STATES), INPUTS.swapaxes(0, 1), length=T + 1), ValueError),
+        (lambda scan: scan(lambda h, x: (h[:1], x), STATES[0], INPUTS), TypeError),
+        (lambda scan: scan(body, tuple(STATES), INPUTS.swapaxes(0, 1), unroll=-1), ValueError),
+        (lambda scan: scan(body, tuple(STATES), INPUTS, chunk=0), ValueError),
+    ):
+        messages = []
+        for function in (jaxrnn.scan, jaxrnn.explain_scan):
+            with pytest.raises(error) as raised:
+                mistake(function)
+            messages.append(str(raised.value))
+        assert messages[0] == messages[1]
+
+
 def test_one_block_where_that_takes_little_memory():
     """Its passes may make two MiB in all; the cell decides."""
 
