@@ -41,6 +41,7 @@ from jaxrnn._primitives import (
     mul_p,
     neg_p,
     select_n_p,
+    stop_gradient_p,
     sub_p,
 )
 from jaxrnn._schedule import equations_for
@@ -50,7 +51,8 @@ Env = dict[Var, Any]
 Matrix = list[list[Array]]
 Sums = list[Array]
 
-_SUMS = frozenset({add_p, add_any_p, copy_p, neg_p, sub_p})
+# Linear in all operands.
+_SUMS = frozenset({add_p, add_any_p, copy_p, neg_p, stop_gradient_p, sub_p})
 
 
 class _System(NamedTuple):
