@@ -33,16 +33,11 @@ from jaxrnn._jaxpr import (
 from jaxrnn._passes import shifted
 from jaxrnn._placement import placed_as
 from jaxrnn._primitives import (
-    add_any_p,
-    add_p,
+    LINEAR_BY_ELEMENT,
     convert_element_type_p,
-    copy_p,
     div_p,
     mul_p,
-    neg_p,
     select_n_p,
-    stop_gradient_p,
-    sub_p,
 )
 from jaxrnn._schedule import equations_for
 
@@ -50,9 +45,6 @@ Array = jax.Array
 Env = dict[Var, Any]
 Matrix = list[list[Array]]
 Sums = list[Array]
-
-# Linear in all operands.
-_SUMS = frozenset({add_p, add_any_p, copy_p, neg_p, stop_gradient_p, sub_p})
 
 
 class _System(NamedTuple):
@@ -239,7 +231,7 @@ def _check(equation: Equation, moving: set[Var]) -> None:
     """Raises a ValueError if the results are not affine, element by element, in `moving`."""
     primitive = equation.primitive
     places = [k for k, a in enumerate(equation.invars) if isinstance(a, Var) and a in moving]
-    fits = primitive in _SUMS
+    fits = primitive in LINEAR_BY_ELEMENT
     if primitive is mul_p:
         fits = len(places) == 1
     elif primitive is div_p:

@@ -108,16 +108,16 @@ class _Rewriter:
 
     def __init__(self, program: Program, consts: int, carry: int, to_be_transposed: bool):
         self.program, self.to_be_transposed = program, to_be_transposed
-        carry_stages = carry_times(program, consts, carry)
+        carry_at = carry_times(program, consts, carry)
         xs = len(program.invars) - consts - carry
-        self.in_stages = [-1] * consts + carry_stages + [0] * xs
-        self.stages = dict(zip(program.invars, self.in_stages, strict=True))
+        self.in_times = [-1] * consts + carry_at + [0] * xs
+        self.times = dict(zip(program.invars, self.in_times, strict=True))
         for equation in program.equations:
-            stage = max((self.stages[v] for v in variables(equation.invars)), default=-1)
-            self.stages |= dict.fromkeys(equation.outvars, stage)
+            time = max((self.times[v] for v in variables(equation.invars)), default=-1)
+            self.times |= dict.fromkeys(equation.outvars, time)
         # Constants first: a product that is merged with a later one needs the weights of both.
         self.equations = sorted(
-            program.equations, key=lambda e: any(self.stages[v] >= 0 for v in e.outvars)
+            program.equations, key=lambda e: any(self.times[v] >= 0 for v in e.outvars)
         )
         self.uses = Counter(
             a for e in program.equations for a in e.invars if not isinstance(a, Literal)
@@ -126,7 +126,7 @@ class _Rewriter:
         self.gets_more = {
             v
             for e in program.equations
-            if e.primitive in (add_p, add_any_p) and any(self._stage(a) <= 0 for a in e.invars)
+            if e.primitive in (add_p, add_any_p) and any(self._time(a) <= 0 for a in e.invars)
             for v in variables(e.invars)
         }
         self.only_sliced = self._only_sliced()
@@ -139,8 +139,8 @@ class _Rewriter:
     def run(self, *args: Array) -> list[Array]:
         """The body, rewritten."""
         env: dict[Var, _lazy.Value] = {
-            v: _lazy.Value(stage, arg)
-            for v, stage, arg in zip(self.program.invars, self.in_stages, args, strict=True)
+            v: _lazy.Value(time, arg)
+            for v, time, arg in zip(self.program.invars, self.in_times, args, strict=True)
         }
         for equation in self.equations:
             first = equation.outvars[0]
@@ -157,12 +157,12 @@ class _Rewriter:
         rewritten = self._rewritten(equation, env)
         if rewritten is not None:
             return [
-                _lazy.Value(value.stage, value.array) if value.depth > _DEEPEST else value
+                _lazy.Value(value.time, value.array) if value.depth > _DEEPEST else value
                 for value in rewritten
             ]
-        stage = max((env[v].stage for v in variables(equation.invars)), default=-1)
+        time = max((env[v].time for v in variables(equation.invars)), default=-1)
         outs = bind(equation, [self._array(env, atom) for atom in equation.invars])
-        return [_lazy.Value(stage, out) for out in outs]
+        return [_lazy.Value(time, out) for out in outs]
 
     def _rewritten(
         self, equation: Equation, env: dict[Var, _lazy.Value]
@@ -170,7 +170,7 @@ class _Rewriter:
         primitive = equation.primitive
         operands = [self._read(env, atom) for atom in equation.invars]
         if primitive in (add_p, add_any_p) and _is_float(equation):
-            late = operands[0].stage != operands[1].stage
+            late = operands[0].time != operands[1].time
             if late or any(isinstance(value, _lazy.Sum) for value in operands):
                 return [_lazy.Sum(self._lone(equation, operands), equation)]
         elif primitive is concatenate_p:
@@ -182,7 +182,7 @@ class _Rewriter:
                 return operands[0].arranged(equation)
         elif primitive is dot_general_p and _is_matrix_product(equation):
             group = self.groups.get(id(equation), [equation])
-            if operands[1].stage == -1:
+            if operands[1].time == -1:
                 return (
                     self._merged(group, env) if group[1:] else [self._product(equation, operands)]
                 )
@@ -192,15 +192,15 @@ class _Rewriter:
 
     def _product(self, equation: Equation, operands: Sequence[_lazy.Value]) -> _lazy.Value:
         lhs, rhs = operands
-        if self.to_be_transposed and lhs.stage > 0:
-            return _lazy.Value(lhs.stage, _turned(equation, lhs.array, rhs.array))
+        if self.to_be_transposed and lhs.time > 0:
+            return _lazy.Value(lhs.time, _turned(equation, lhs.array, rhs.array))
         # The gradient of a matrix of fewer columns is a slow product, see `_passes.py`.
         return _lazy.product(lhs, rhs.array, equation, WIDE if self.to_be_transposed else 0)
 
     def _lone(self, equation: Equation, operands: Sequence[_lazy.Value]) -> list[_lazy.Value]:
         """The operands; one that others read too is computed now, or it would be more than once."""
         return [
-            value if self._uses(atom) == 1 else _lazy.Value(value.stage, value.array)
+            value if self._uses(atom) == 1 else _lazy.Value(value.time, value.array)
             for atom, value in zip(equation.invars, operands, strict=True)
         ]
 
@@ -217,7 +217,7 @@ class _Rewriter:
             isinstance(value, _lazy.Map)
             or (
                 isinstance(value, _lazy.Sum)
-                and value.parts[0].stage <= 0 < value.stage
+                and value.parts[0].time <= 0 < value.time
                 and not isinstance(value.parts[-1], _lazy.Product)
             )
             for value in self._lone(equation, operands)
@@ -257,9 +257,7 @@ class _Rewriter:
         """Adds arrays and takes the sum apart."""
         total = _lazy.Sum([env[v] for v in apart.terms], equation)
         parts = _lazy.ranges(total.array, apart.cuts, total.array.ndim - 1)
-        env |= {
-            v: _lazy.Value(total.stage, part) for v, part in zip(apart.outs, parts, strict=True)
-        }
+        env |= {v: _lazy.Value(total.time, part) for v, part in zip(apart.outs, parts, strict=True)}
 
     def _read(self, env: dict[Var, _lazy.Value], atom: Atom) -> _lazy.Value:
         return (
@@ -280,7 +278,7 @@ class _Rewriter:
         for equation in self.equations:
             if equation.primitive is dot_general_p and _is_matrix_product(equation):
                 lhs, rhs = equation.invars
-                if self._stage(lhs) > 0 and self._stage(rhs) == -1:
+                if self._time(lhs) > 0 and self._time(rhs) == -1:
                     groups[lhs, dtype(rhs), str(equation.params)].append(equation)
         alike = []
         for group in groups.values():
@@ -319,8 +317,8 @@ class _Rewriter:
                     only[v] = False
         return only
 
-    def _stage(self, atom: Atom) -> int:
-        return -1 if isinstance(atom, Literal) else self.stages[atom]
+    def _time(self, atom: Atom) -> int:
+        return -1 if isinstance(atom, Literal) else self.times[atom]
 
 
 _LAYOUT = frozenset({reshape_p, slice_p, squeeze_p})

@@ -2,28 +2,18 @@
 
 from jaxrnn._jaxpr import Equation, calls, inner_equations, shape
 from jaxrnn._primitives import (
-    IN_KERNELS,
+    BY_ELEMENT,
     REDUCTIONS,
     TRANSCENDENTAL,
-    add_any_p,
-    add_p,
     broadcast_in_dim_p,
     concatenate_p,
-    convert_element_type_p,
     dot_general_p,
     gather_p,
-    neg_p,
     reshape_p,
     slice_p,
     split_p,
     squeeze_p,
-    stop_gradient_p,
-    sub_p,
     transpose_p,
-)
-
-LINEAR_BY_ELEMENT = frozenset(
-    {add_p, add_any_p, convert_element_type_p, neg_p, stop_gradient_p, sub_p}
 )
 
 
@@ -64,6 +54,5 @@ def is_by_sample(equation: Equation, operand: int) -> bool:
         inner = inner_equations(equation)
         keeps = all(is_by_sample(e, i) for e in inner for i, a in enumerate(e.invars) if shape(a))
     else:
-        by_element = primitive in LINEAR_BY_ELEMENT | IN_KERNELS | TRANSCENDENTAL
-        keeps = by_element or keeps_first_axis(equation)
+        keeps = primitive in BY_ELEMENT | TRANSCENDENTAL or keeps_first_axis(equation)
     return keeps

@@ -15,7 +15,6 @@ from jaxrnn._primitives import (
     IN_KERNELS,
     broadcast_in_dim_p,
     concatenate_p,
-    convert_element_type_p,
     copy_p,
     dot_general_p,
     slice_p,
@@ -68,7 +67,7 @@ def in_columns(program: Program, *args: Array) -> list[Array]:
                 return read(env, atom)
             return columns(atom, start, stop)
 
-        if equation.primitive in IN_KERNELS or equation.primitive is convert_element_type_p:
+        if equation.primitive in IN_KERNELS:
             return bind(equation, [part(a) for a in equation.invars])[0]
         if equation.primitive is broadcast_in_dim_p and len(equation.invars) == 1:
             [atom], axes = equation.invars, equation.params["broadcast_dimensions"]

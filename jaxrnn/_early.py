@@ -27,7 +27,7 @@ from jaxrnn._jaxpr import (
 from jaxrnn._placement import is_lone_cpu
 from jaxrnn._primitives import broadcast_in_dim_p, concatenate_p, pad_p, slice_p
 from jaxrnn._random import bind_spelled_out
-from jaxrnn._schedule import equations_for
+from jaxrnn._schedule import coming_into, equations_for
 
 # What puts numbers elsewhere and changes none.
 ARRANGING = frozenset({broadcast_in_dim_p, concatenate_p, pad_p, slice_p})
@@ -68,7 +68,8 @@ def carried(
 def _shift(program: Program, consts: int, carry: int) -> Program:
     """What is to be made a step early, `(consts, carry) -> (shifted, ...)`."""
     before = program.invars[: consts + carry]
-    known, moving, costly = set(before), set(before[consts:]), _leading_to_costly(program)
+    known, moving = set(before), set(before[consts:])
+    costly = coming_into(program, _is_costly, lambda equation: not is_heavy(equation))
     shifted: list[Var] = []
     for equation in program.equations if is_lone_cpu() else ():
         operands = variables(equation.invars)
@@ -80,16 +81,6 @@ def _shift(program: Program, consts: int, carry: int) -> Program:
                 if equation.primitive in (pad_p, concatenate_p) and made in costly:
                     shifted.append(made)
     return program.cut(before, shifted, equations_for(program, shifted, before))
-
-
-def _leading_to_costly(program: Program) -> set[Var]:
-    """What comes into an exponential or the like, and that not through a product."""
-    leading: set[Var] = set()
-    for equation in reversed(program.equations):
-        passes_on = not is_heavy(equation) and not leading.isdisjoint(equation.outvars)
-        if passes_on or _is_costly(equation):
-            leading.update(variables(equation.invars))
-    return leading
 
 
 def _is_costly(equation: Equation) -> bool:

@@ -43,6 +43,7 @@ Atom = Var | Literal
 Equation = core.JaxprEqn
 
 UNITS_SLOW_DOWN_SUMS = jax.__version_info__ < (0, 11)  # see `_units.py`
+LOOPS_ARE_KERNELS = not UNITS_SLOW_DOWN_SUMS  # on a CPU, but for large products
 
 
 class Program(NamedTuple):
@@ -354,10 +355,7 @@ def is_elementwise(equation: Equation) -> bool:
 
 
 def is_transcendental(equation: Equation) -> bool:
-    """Whether `equation` is an exponential, a logarithm or the like, worth many sums or products.
-
-    A square root counts.
-    """
+    """Whether `equation` is an exponential, a root or the like, worth many sums or products."""
     return equation.primitive in TRANSCENDENTAL
 
 

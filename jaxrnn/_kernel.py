@@ -37,7 +37,6 @@ from jaxrnn._jaxpr import (
 from jaxrnn._primitives import (
     IN_KERNELS,
     broadcast_in_dim_p,
-    convert_element_type_p,
     dot_general_p,
     reduce_max_p,
     reduce_sum_p,
@@ -63,7 +62,6 @@ MAX_WIDTH = 256
 
 _KNOWN = IN_KERNELS | {
     broadcast_in_dim_p,
-    convert_element_type_p,
     dot_general_p,
     reduce_max_p,
     reduce_sum_p,

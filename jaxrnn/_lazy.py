@@ -21,13 +21,13 @@ Array = Any
 
 
 class Value:
-    """A value of the interpreter, `stage` being the time at which it can be known.
+    """A value of the interpreter, `time` being when it can be known.
 
     `depth` is how many values wait for one another, at most, until this one is computed.
     """
 
-    def __init__(self, stage: int, array: Array | None = None, waits_for: Sequence["Value"] = ()):
-        self.stage, self._array = stage, array
+    def __init__(self, time: int, array: Array | None = None, waits_for: Sequence["Value"] = ()):
+        self.time, self._array = time, array
         self.depth: int = 1 + max(value.depth for value in waits_for) if waits_for else 0
 
     @property
@@ -50,24 +50,24 @@ class Value:
             outs = ranges(self.array, cuts, self.array.ndim - 1)
         else:
             outs = bind(equation, [jnp.broadcast_to(self.array, whole)])
-        return [Value(self.stage, out) for out in outs]
+        return [Value(self.time, out) for out in outs]
 
 
 class Sum(Value):
-    """A sum with at most one part for each stage, the earliest first, as `equation` wants it."""
+    """A sum with at most one part for each time, the earliest first, as `equation` wants it."""
 
     parts: list[Value]
 
     def __init__(self, terms: Sequence[Value], equation: Equation):
         self.equation = equation
-        by_stage: dict[int, Value] = {}
+        by_time: dict[int, Value] = {}
         for part in itertools.chain(*(t.parts if isinstance(t, Sum) else [t] for t in terms)):
-            other = by_stage.get(part.stage)
-            by_stage[part.stage] = (
-                part if other is None else Value(part.stage, self._total([other, part]))
+            other = by_time.get(part.time)
+            by_time[part.time] = (
+                part if other is None else Value(part.time, self._total([other, part]))
             )
-        self.parts = [by_stage[stage] for stage in sorted(by_stage)]
-        super().__init__(self.parts[-1].stage, waits_for=self.parts)
+        self.parts = [by_time[time] for time in sorted(by_time)]
+        super().__init__(self.parts[-1].time, waits_for=self.parts)
 
     def _compute(self) -> Array:
         return self._total(self.parts)
@@ -79,19 +79,19 @@ class Sum(Value):
 
     def arranged(self, equation: Equation) -> list[Value]:
         """What is ready before the first loop is added up first, and then arranged at once."""
-        parts = [*self._early, *(part for part in self.parts if part.stage > 0)]
+        parts = [*self._early, *(part for part in self.parts if part.time > 0)]
         columns = zip(*(part.arranged(equation) for part in parts), strict=True)
         return [Sum(column, self.equation) for column in columns]
 
     @functools.cached_property
     def _early(self) -> list[Value]:
-        early = [part for part in self.parts if part.stage <= 0]
-        return [Value(early[-1].stage, self._total(early))] if early[1:] else early
+        early = [part for part in self.parts if part.time <= 0]
+        return [Value(early[-1].time, self._total(early))] if early[1:] else early
 
 
 class Concatenation(Value):
     def __init__(self, parts: Sequence[Value], axis: int):
-        super().__init__(max(part.stage for part in parts), waits_for=parts)
+        super().__init__(max(part.time for part in parts), waits_for=parts)
         self.parts, self.axis = parts, axis
 
     def _compute(self) -> Array:
@@ -102,7 +102,7 @@ class Map(Value):
     """An elementwise operation on a sum of early and late parts, of which only ranges are read."""
 
     def __init__(self, operands: Sequence[Value], equation: Equation):
-        super().__init__(max(value.stage for value in operands), waits_for=operands)
+        super().__init__(max(value.time for value in operands), waits_for=operands)
         self.operands, self.equation = operands, equation
 
     def _compute(self) -> Array:
@@ -129,7 +129,7 @@ class Product(Value):
     """
 
     def __init__(self, lhs: Value, rhs: Array, equation: Equation, least: int = 0):
-        super().__init__(lhs.stage, waits_for=[lhs])
+        super().__init__(lhs.time, waits_for=[lhs])
         self.lhs, self.rhs, self.equation, self.least = lhs, rhs, equation, least
 
     def _compute(self) -> Array:
@@ -143,7 +143,7 @@ class Product(Value):
         cuts = columns(equation)
         is_small = size_in_bytes(equation.invars[0]) <= 1 << 15
         is_narrow = any(stop - start < self.least for start, stop in cuts or ())
-        if self.stage > 0 or cuts is None or is_small or is_narrow:
+        if self.time > 0 or cuts is None or is_small or is_narrow:
             return super().arranged(equation)
         axis = 1 - self.equation.params["dimension_numbers"][0][1][0]
         parts = ranges(self.rhs, cuts, axis)
@@ -164,10 +164,10 @@ def product(lhs: Value, rhs: Array, equation: Equation, least: int = 0) -> Value
 
 
 def _joined(concatenation: Concatenation) -> list[Value]:
-    """The parts of a concatenation, neighbours of the same stage in one."""
+    """The parts of a concatenation, neighbours of the same time in one."""
     joined: list[list[Value]] = []
     for part in concatenation.parts:
-        if joined and joined[-1][0].stage == part.stage:
+        if joined and joined[-1][0].time == part.time:
             joined[-1].append(part)
         else:
             joined.append([part])

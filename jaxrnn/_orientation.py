@@ -22,15 +22,13 @@ from jaxrnn._jaxpr import (
     at,
     bind,
     dependents,
-    is_elementwise,
     product_options,
     read,
     shape,
 )
 from jaxrnn._placement import is_split
 from jaxrnn._primitives import (
-    IN_KERNELS,
-    convert_element_type_p,
+    BY_ELEMENT,
     dot_general_p,
     slice_p,
     split_p,
@@ -120,7 +118,7 @@ class Orientation:
             order = sorted(left)
             squeezed = lax.squeeze(operands[0].array, gone)
             return [_as_turned(squeezed, [order.index(a) for a in left])]
-        if is_elementwise(equation) or primitive in IN_KERNELS | {convert_element_type_p}:
+        if primitive in BY_ELEMENT:
             alike = [
                 self._lying(a, x, axes) for a, x in zip(equation.invars, operands, strict=True)
             ]

@@ -143,9 +143,20 @@ LINEAR = FREE - {p.iota_p, stop_gradient_p} | {
 SMOOTH = (ELEMENTWISE | FREE | LINEAR | PRODUCTS) - {p.div_p, p.exp_p, p.integer_pow_p}
 
 
-# What the compiler of kernels knows, on each element by itself.
-IN_KERNELS = (
-    ELEMENTWISE - {p.erf_p}
+LINEAR_BY_ELEMENT = frozenset(
+    {
+        add_p,
+        add_any_p,
+        convert_element_type_p,
+        copy_p,
+        neg_p,
+        stop_gradient_p,
+        sub_p,
+    }
+)
+BY_ELEMENT = (
+    ELEMENTWISE
+    | LINEAR_BY_ELEMENT
     | {
         p.abs_p,
         p.and_p,
@@ -168,10 +179,11 @@ IN_KERNELS = (
         p.sign_p,
         p.sqrt_p,
         p.square_p,
-        p.stop_gradient_p,
     }
     | {listed for listed in LISTED if listed.name == "one_minus_square"}  # in newer JAX alone
 )
+# Of these, what the compiler of kernels knows.
+IN_KERNELS = BY_ELEMENT - {copy_p, p.erf_p}
 
 
 def new_primitive(name: str) -> Any:

@@ -41,6 +41,7 @@ from jaxrnn._primitives import (
     select_n_p,
     split_p,
 )
+from jaxrnn._schedule import coming_into
 
 # Terms of a sum that takes as long as to compute each of them again.
 _MANY = 8
@@ -196,14 +197,11 @@ def _reduces(equation: Equation) -> bool:
 
 def _compared(program: Program) -> set[Var]:
     """What is compared with other numbers: perhaps the very ones that it is the maximum of."""
-    compared: set[Var] = set()
-    for equation in reversed(program.equations):
-        passes_on = not (is_heavy(equation) or equation.primitive in REDUCTIONS)
-        if equation.primitive in COMPARISONS or (
-            passes_on and not compared.isdisjoint(equation.outvars)
-        ):
-            compared |= set(variables(equation.invars))
-    return compared
+    return coming_into(
+        program,
+        lambda equation: equation.primitive in COMPARISONS,
+        lambda equation: not is_heavy(equation) and equation.primitive not in REDUCTIONS,
+    )
 
 
 def _differentiated(program: Program, moving: set[Var]) -> set[Var]:

@@ -32,7 +32,6 @@ from jaxrnn._jaxpr import (
     at,
     bind,
     dtype,
-    is_elementwise,
     is_weak,
     multiply_adds,
     parts,
@@ -48,12 +47,11 @@ from jaxrnn._kernel import without_calls
 from jaxrnn._lazy import columns, ranges
 from jaxrnn._placement import is_placed
 from jaxrnn._primitives import (
-    IN_KERNELS,
+    BY_ELEMENT,
     PRODUCTS,
     REDUCTIONS,
     broadcast_in_dim_p,
     concatenate_p,
-    convert_element_type_p,
     dot_general_p,
     transpose_p,
 )
@@ -262,7 +260,7 @@ class _Step:
             return [self._broadcast(equation, operands[0])]
         if not any(isinstance(x, _Held) for x in operands):
             return bind(equation, operands)
-        if is_elementwise(equation) or primitive in IN_KERNELS | {convert_element_type_p}:
+        if primitive in BY_ELEMENT:
             results = bind(equation, self._alike(equation, operands))
         elif (cuts := columns(equation)) is not None:
             results = ranges(operands[0].array, form.ranges(cuts), form.axis)

@@ -14,7 +14,7 @@ a product stands between two recurrences, as between the layers of a stacked net
 step, or a readout and the output that a masked step holds: the product then leaves the loop too.
 """
 
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 
 from jaxrnn._jaxpr import (
     Atom,
@@ -94,6 +94,18 @@ def equations_for(program: Program, wanted: Iterable[Var], known: Container[Var]
             needed.update(variables(equation.invars))
             found.append(equation)
     return found[::-1]
+
+
+def coming_into(
+    program: Program, ends: Callable[[Equation], bool], passes_on: Callable[[Equation], bool]
+) -> set[Var]:
+    """What comes into an equation at which a way `ends`, by such as pass it on."""
+    found: set[Var] = set()
+    for equation in reversed(program.equations):
+        on_the_way = passes_on(equation) and not found.isdisjoint(equation.outvars)
+        if on_the_way or ends(equation):
+            found.update(variables(equation.invars))
+    return found
 
 
 def feeds_carries(body: Program, carry: int) -> dict[Var, int]:

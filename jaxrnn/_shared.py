@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxrnn._by_sample import LINEAR_BY_ELEMENT, is_by_sample, keeps_first_axis
+from jaxrnn._by_sample import is_by_sample, keeps_first_axis
 from jaxrnn._jaxpr import (
     Atom,
     Equation,
@@ -47,6 +47,7 @@ from jaxrnn._jaxpr import (
 )
 from jaxrnn._placement import is_split
 from jaxrnn._primitives import (
+    LINEAR_BY_ELEMENT,
     broadcast_in_dim_p,
     dot_general_p,
     eq_p,

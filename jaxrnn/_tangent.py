@@ -102,36 +102,11 @@ class Tangent:
 
     def run(self, steps: Steps, block: int) -> tuple[list[Array], list[Array]]:
         """The tangents of the last carry and of ys, of those among them that have one."""
-        consts = [*self.consts, *self.t_consts]
-        values = [self.rows[i][0] for i in self.kept.values()]
-        t_xs, xs = (
-            [rows[0] for rows in map(time_first, *group)]
-            for group in ((self.t_xs, self.t_axes), (self.xs, self.axes))
-        )
-        example = [*consts, *self.t_carry, *t_xs, *xs, *self.carry, *values]
-        traced = trace(self._step, *example)
-        consts = [*traced.consts, *consts]
-        body = simplify(
-            traced.program, len(consts), len(self.t_carry), [*traced.consts, *example], True
-        )
-        consts = [*body.consts, *consts]
-        end = len(consts)
-        start, stop = end - len(self.t_consts), end + len(self.t_carry) + len(self.t_xs)
-        inputs = body.program.invars
-        accumulated = frozenset(inputs[start:end])
         in_place = reads_in_place(steps)
-        plan = fission(
-            body.program,
-            end,
-            len(self.t_carry),
-            "tangent",
-            accumulated,
-            in_place,
-        )
+        plan, consts, linear = self._split(in_place)
         block = tangent_block(plan, steps, block)
         steps = steps._replace(unroll=tangent_unroll(plan, steps))
         plan = in_loops(plan, steps)
-        linear = dependents(body.program, inputs[start:stop])
         for stage in plan.stages:
             linear |= dependents(stage.program, [v for v in stage.program.invars if v in linear])
         left = self._left_in_place(plan) if in_place else [False] * len(self.held)
@@ -174,6 +149,26 @@ class Tangent:
 
         rows = (blocked, jnp.arange(steps.length))
         return over_blocks(run, self.t_carry, rows, steps, block, False)
+
+    def _split(self, in_place: bool) -> tuple[Plan, list[Array], set[Var]]:
+        """The tangent of one step after fission, its consts, and which variables are tangents."""
+        consts = [*self.consts, *self.t_consts]
+        values = [self.rows[i][0] for i in self.kept.values()]
+        t_xs, xs = (
+            [rows[0] for rows in map(time_first, *group)]
+            for group in ((self.t_xs, self.t_axes), (self.xs, self.axes))
+        )
+        example = [*consts, *self.t_carry, *t_xs, *xs, *self.carry, *values]
+        traced = trace(self._step, *example)
+        consts = [*traced.consts, *consts]
+        count = len(self.t_carry)
+        body = simplify(traced.program, len(consts), count, [*traced.consts, *example], True)
+        consts = [*body.consts, *consts]
+        end, inputs = len(consts), body.program.invars
+        start, stop = end - len(self.t_consts), end + count + len(self.t_xs)
+        accumulated = frozenset(inputs[start:end])
+        plan = fission(body.program, end, count, "tangent", accumulated, in_place)
+        return plan, consts, dependents(body.program, inputs[start:stop])
 
     def _as_kernel(self, loop: Loop, linear: set[Var], steps: Steps) -> Recipe | None:
         """How to run a loop, and its transpose, as one kernel each, if they are to be and fit."""

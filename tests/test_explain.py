@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxrnn
+from jaxrnn import _gains
 
 B, T, D, H, V = 8, 24, 16, 32, 4
 
@@ -357,3 +358,22 @@ def test_what_comes_from_plain_lax_scan_without_a_gradient():
     assert (aside in solved(1), aside in solved(2)) == (True, False)
     assert aside in convolution(places=8)
     assert aside not in convolution(places=256)
+
+
+@pytest.mark.parametrize("are_kernels", [True, False])
+def test_few_numbers_drawn_in_a_loop_that_is_one_kernel(monkeypatch, are_kernels):
+    """Of such a loop nothing is gained by passes until 2**12 numbers are drawn in all."""
+    monkeypatch.setattr(_gains, "LOOPS_ARE_KERNELS", are_kernels)
+
+    def stands_aside(steps):
+        def body(carry, _):
+            key, h = carry
+            key, now = jax.random.split(key)
+            return (key, h + jax.random.normal(now, h.shape)), h
+
+        init = (jax.random.key(0), jnp.zeros((B, H)))
+        report = jaxrnn.explain_scan(body, init, length=steps)
+        return "results alone come from plain lax.scan" in report
+
+    few = 2**12 // (B * H)
+    assert [stands_aside(n) for n in (few - 1, few)] == [are_kernels, False]
