@@ -7,9 +7,15 @@ of T steps in about 2 log2(T) rounds of elementwise work (Blelloch, 1990; Martin
 The coefficients may be any function of inputs and parameters, a mask or a reset is a selection
 between two of each, and several states may enter one another. States are run one after another
 where they can be: what is known of some makes coefficients of others. What is read of states beside
-is computed afterwards, for all steps at once. Loops over keys and counts alone stay loops.
+is computed afterwards, for all steps at once. Keys, flags and counts that are not affine are handed
+on in a loop of their own.
+
+Zero times infinity is NaN. So beside its coefficient goes, where states are selected or of several
+some do not enter each other, whether a state is kept at all: a reset forgets NaN and infinity, too.
 """
 
+import functools
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +32,7 @@ from jaxrnn._jaxpr import (
     bind,
     dependents_in_time,
     dtype,
+    is_movable,
     read,
     shape,
     variables,
@@ -43,8 +50,26 @@ from jaxrnn._schedule import equations_for
 
 Array = jax.Array
 Env = dict[Var, Any]
-Matrix = list[list[Array]]
+Matrix = list[list["_Slope"]]
 Sums = list[Array]
+
+
+class _Slope(NamedTuple):
+    """The coefficient of a state, and whether it is kept, element by element; None: always."""
+
+    value: Array
+    kept: Array | None
+
+
+class NotAffineError(ValueError):
+    """Why a recurrence has to run step by step."""
+
+    def __init__(self, what: str):
+        """Says it to the user."""
+        super().__init__(
+            f"method='parallel': {what}. Expected states that are scaled, added to and selected, "
+            f"element by element; run others with method='sequential'."
+        )
 
 
 class _System(NamedTuple):
@@ -55,14 +80,22 @@ class _System(NamedTuple):
         old: their variables before a step.
         new: what stands for them after it.
         equations: from `old` and from what is known to `new`.
-        moving: the variables that are affine in `old`.
+        moving: the variables that are affine in `old`; None if the states have to run in order.
     """
 
     states: tuple[int, ...]
     old: tuple[Var, ...]
     new: tuple[Atom, ...]
     equations: list[Equation]
-    moving: set[Var]
+    moving: set[Var] | None
+
+
+class _Parts(NamedTuple):
+    """The states of a loop in an order in which they can be had, and what makes the `rest`."""
+
+    systems: list[_System]
+    rest: list[Var]
+    equations: list[Equation]
 
 
 def is_parallel(plan: Plan, method: str) -> bool:
@@ -75,7 +108,7 @@ def is_parallel(plan: Plan, method: str) -> bool:
         return False
     loops = list(filter(_has_floats, plan.loops))
     for loop in loops:
-        _systems(loop)
+        _parts(loop)
     return bool(loops)
 
 
@@ -98,40 +131,68 @@ def run_affine(
         reverse: whether the last step comes first.
 
     Returns:
-        The last carry, and ys with a row per step; or None for a loop that may stay one.
-
-    Raises:
-        ValueError: if it must run step by step.
+        The last carry, and ys with a row per step; or None for a loop that has to be one.
     """
     if not _has_floats(loop):
+        return None
+    try:
+        parts = _parts(loop)
+    except NotAffineError:  # only what came of a recurrence that is affine, its tangent perhaps
         return None
     program, count = loop.program, len(loop.consts)
     fixed: Env = dict(zip(program.invars, consts, strict=False))
     rows: Env = dict(zip(program.invars[count + len(carry) :], xs, strict=True))
     last: dict[int, Array] = {}
-    for system in _systems(loop):
+    for system in parts.systems:
         first = [carry[i] for i in system.states]
-        states = _run(system, fixed, rows, first, length, reverse)
+        run = _run_in_order if system.moving is None else _run_at_once
+        states = run(system, program, fixed, rows, first, length, reverse)
         for i, old, new, start, after in zip(*system[:3], first, states, strict=True):
             last[i] = after[0 if reverse else -1]
             rows[old] = shifted(after, start, reverse)
             if isinstance(new, Var) and new not in fixed:
                 rows.setdefault(new, after)
-    outs = program.outvars[len(carry) :]
-    missing = [v for v in variables(outs) if v not in rows]
-    found = equations_for(program, missing, rows)
-    given = _read_of(found, missing, rows)
+    given = _read_of(parts.equations, parts.rest, rows)
 
     def rest(_: Array, *values: Any) -> list[Array]:
-        return program.cut([*fixed, *given], missing, found).run(*fixed.values(), *values)
+        made = program.cut([*fixed, *given], parts.rest, parts.equations)
+        return made.run(*fixed.values(), *values)
 
     made = jax.vmap(rest)(jnp.arange(length), *(rows[v] for v in given))
-    rows |= dict(zip(missing, made, strict=True))
-    return [last[i] for i in range(len(carry))], [read(rows, v) for v in outs]
+    rows |= dict(zip(parts.rest, made, strict=True))
+    return [last[i] for i in range(len(carry))], [
+        read(rows, v) for v in program.outvars[len(carry) :]
+    ]
 
 
-def _run(
-    system: _System, fixed: Env, rows: Env, first: Sequence[Array], length: int, reverse: bool
+def _run_in_order(
+    system: _System,
+    program: Program,
+    fixed: Env,
+    rows: Env,
+    first: Sequence[Array],
+    length: int,
+    reverse: bool,
+) -> list[Array]:
+    """The states after each step, by a loop over them alone."""
+    given = _read_of(system.equations, system.new, rows)
+    step = program.cut([*fixed, *system.old, *given], system.new, system.equations)
+
+    def run(states: list[Array], values: list[Array]) -> tuple[list[Array], list[Array]]:
+        new = step.run(*fixed.values(), *states, *values)
+        return new, new
+
+    return lax.scan(run, list(first), [rows[v] for v in given], length, reverse)[1]
+
+
+def _run_at_once(
+    system: _System,
+    _: Program,
+    fixed: Env,
+    rows: Env,
+    first: Sequence[Array],
+    length: int,
+    reverse: bool,
 ) -> list[Array]:
     """The states after each step, from the `first` ones and the `rows` of all that is known."""
     given = _read_of(system.equations, system.new, rows)
@@ -139,12 +200,11 @@ def _run(
 
     def of_step(index: Array, *values: Any) -> tuple[Matrix, Sums]:
         slopes, sums = _coefficients(system, fixed | dict(zip(given, values, strict=True)))
-        begun = [b + _product(row, first) for row, b in zip(slopes, sums, strict=True)]
-        sums = [jnp.where(index == start, x, b) for x, b in zip(begun, sums, strict=True)]
-        return slopes, sums
+        begun = _applied(slopes, first, sums)
+        return slopes, [jnp.where(index == start, x, b) for x, b in zip(begun, sums, strict=True)]
 
     functions = jax.vmap(of_step)(jnp.arange(length), *(rows[v] for v in given))
-    if not system.moving.isdisjoint(variables(system.new)):
+    if not (system.moving or set()).isdisjoint(variables(system.new)):
         functions = lax.associative_scan(_composed, functions, reverse=reverse)
     states: list[Array] = functions[1]
     return states
@@ -154,41 +214,82 @@ def _composed(first: tuple[Matrix, Sums], second: tuple[Matrix, Sums]) -> tuple[
     """One affine function after another."""
     (inner, before), (outer, after) = first, second
     columns = list(zip(*inner, strict=True))
-    matrix = [[_product(row, column) for column in columns] for row in outer]
-    return matrix, [b + _product(row, before) for row, b in zip(outer, after, strict=True)]
+    matrix = [[_after(row, column) for column in columns] for row in outer]
+    return matrix, _applied(outer, before, after)
 
 
-def _product(row: Sequence[Array], column: Sequence[Array]) -> Array:
-    total, *others = (a * b for a, b in zip(row, column, strict=True))
-    return sum(others, start=total)
+def _after(row: Sequence[_Slope], column: Sequence[_Slope]) -> _Slope:
+    """An element of the product of two matrices."""
+    pairs = list(zip(row, column, strict=True))
+    terms = [_scaled(a, b.value) for a, b in pairs]
+    both = [a.kept & b.kept for a, b in pairs if a.kept is not None and b.kept is not None]
+    if both:
+        terms = [_where(kept, term) for kept, term in zip(both, terms, strict=True)]
+    value = functools.reduce(operator.add, terms).astype(row[0].value.dtype)
+    return _Slope(value, functools.reduce(operator.or_, both) if both else None)
+
+
+def _applied(matrix: Matrix, column: Sequence[Array], sums: Sums) -> Sums:
+    """A matrix times a column, and `sums`. States of several dtypes keep theirs."""
+    return [
+        functools.reduce(operator.add, map(_scaled, row, column), b).astype(b.dtype)
+        for row, b in zip(matrix, sums, strict=True)
+    ]
+
+
+def _scaled(slope: _Slope, state: Array) -> Array:
+    product = slope.value * state
+    return product if slope.kept is None else _where(slope.kept, product)
+
+
+def _where(kept: Array, value: Array) -> Array:
+    return jnp.where(kept, value, jnp.zeros_like(value))
 
 
 def _coefficients(system: _System, env: Env) -> tuple[Matrix, Sums]:
     """How the new states of one step depend on the old ones, from all else that is known."""
+    moving, count = system.moving or set(), len(system.old)
     env = env | {v: _full(v, 0) for v in system.old}
-    slopes = {v: {i: _full(v, 1)} for i, v in enumerate(system.old)}
+    slopes = {v: {i: _Slope(_full(v, 1), _full(v, True, bool))} for i, v in enumerate(system.old)}
     for equation in system.equations:
         operands = [read(env, atom) for atom in equation.invars]
         env |= zip(equation.outvars, bind(equation, operands), strict=True)
-        if system.moving.isdisjoint(equation.outvars):
+        if not any(v in moving for v in equation.outvars):
             continue
         parts = [slopes.get(a, {}) if isinstance(a, Var) else {} for a in equation.invars]
         (made,) = equation.outvars
-        slopes[made] = {}
-        for i in {i for part in parts for i in part}:
-            terms = [
-                part[i] if i in part else value if _scales(equation, k) else _full(atom, 0)
-                for k, (part, value, atom) in enumerate(
-                    zip(parts, operands, equation.invars, strict=True)
-                )
-            ]
-            (slopes[made][i],) = bind(equation, terms)
+        slopes[made] = {
+            i: _slope(equation, operands, parts, i)
+            for i in range(count)
+            if any(i in part for part in parts)
+        }
+    # Without selections each of them is kept for good, if all enter one another.
+    selects = any(e.primitive is select_n_p for e in system.equations)
+    is_kept = count == 1 and not selects and not moving.isdisjoint(variables(system.new))
     sums, matrix = [], []
     for new, old in zip(system.new, system.old, strict=True):
         found = slopes.get(new, {}) if isinstance(new, Var) else {}
-        matrix.append([found[i] if i in found else _full(old, 0) for i in range(len(system.old))])
+        none = _Slope(_full(old, 0), _full(old, False, bool))
+        row = [found.get(i, none) for i in range(count)]
+        matrix.append([_Slope(slope.value, None) for slope in row] if is_kept else row)
         sums.append(jnp.broadcast_to(read(env, new), shape(old)))
     return matrix, sums
+
+
+def _slope(
+    equation: Equation, operands: Sequence[Any], parts: Sequence[dict[int, _Slope]], state: int
+) -> _Slope:
+    """How what an equation makes depends on a state, from how its operands do."""
+    values, flags = [], []
+    for k, (part, operand, atom) in enumerate(zip(parts, operands, equation.invars, strict=True)):
+        other = operand if _scales(equation, k) else _full(atom, 0)
+        values.append(part[state].value if state in part else other)
+        flag = part[state].kept if state in part else None
+        flags.append(_full(equation.outvars[0], False, bool) if flag is None else flag)
+    (value,) = bind(equation, values)
+    if equation.primitive is select_n_p:
+        return _Slope(value, lax.select_n(operands[0], *flags[1:]))
+    return _Slope(value, functools.reduce(operator.or_, flags))
 
 
 def _has_floats(loop: Loop) -> bool:
@@ -196,26 +297,53 @@ def _has_floats(loop: Loop) -> bool:
     return any(jnp.issubdtype(dtype(v), jnp.inexact) for v in olds)
 
 
-def _systems(loop: Loop) -> list[_System]:
-    """The states of a loop in an order in which they can be had."""
+def _parts(loop: Loop) -> _Parts:
+    """How a loop is run, most of it for all steps at once.
+
+    Raises:
+        NotAffineError: if it must run step by step.
+    """
     program, consts, carry = loop.program, len(loop.consts), len(loop.carry)
     olds = program.invars[consts : consts + carry]
-    if not all(jnp.issubdtype(dtype(v), jnp.number) for v in olds):
-        raise _not_affine("a random key or a truth value")
     known = set(program.invars).difference(olds)
     systems = []
     for states in _groups(program, consts, carry):
         old = tuple(olds[i] for i in states)
         new = tuple(program.outvars[i] for i in states)
         equations = equations_for(program, variables(new), known)
-        moving = set(old)
-        for equation in equations:
-            if not moving.isdisjoint(variables(equation.invars)):
-                _check(equation, moving)
-                moving.update(equation.outvars)
+        moving: set[Var] | None
+        try:
+            moving = _moving(equations, old)
+        except NotAffineError:
+            if any(jnp.issubdtype(dtype(v), jnp.inexact) for v in old):
+                raise
+            moving = None
         systems.append(_System(states, old, new, equations, moving))
         known.update(old, variables(new))
-    return systems
+    rest = [v for v in variables(program.outvars[carry:]) if v not in known]
+    equations = equations_for(program, rest, known)
+    _check_movable(equations)
+    return _Parts(systems, rest, equations)
+
+
+def _moving(equations: Sequence[Equation], old: Sequence[Var]) -> set[Var]:
+    """The variables affine in `old` among those that the equations make."""
+    if not all(jnp.issubdtype(dtype(v), jnp.number) for v in old):
+        raise NotAffineError("a random key or a truth value is handed on from step to step")
+    _check_movable(equations)
+    moving = set(old)
+    for equation in equations:
+        if not moving.isdisjoint(variables(equation.invars)):
+            _check(equation, moving)
+            moving.update(equation.outvars)
+    return moving
+
+
+def _check_movable(equations: Iterable[Equation]) -> None:
+    """Raises a NotAffineError if one of the equations is not to be run for all steps at once."""
+    for equation in equations:
+        if not is_movable(equation):
+            raise NotAffineError(f"{equation.primitive} is not run for many steps at once")
 
 
 def _groups(program: Program, consts: int, carry: int) -> list[tuple[int, ...]]:
@@ -228,7 +356,7 @@ def _groups(program: Program, consts: int, carry: int) -> list[tuple[int, ...]]:
 
 
 def _check(equation: Equation, moving: set[Var]) -> None:
-    """Raises a ValueError if the results are not affine, element by element, in `moving`."""
+    """Raises a NotAffineError if the results are not affine, element by element, in `moving`."""
     primitive = equation.primitive
     places = [k for k, a in enumerate(equation.invars) if isinstance(a, Var) and a in moving]
     fits = primitive in LINEAR_BY_ELEMENT
@@ -243,14 +371,7 @@ def _check(equation: Equation, moving: set[Var]) -> None:
         both = all(jnp.issubdtype(each, jnp.floating) for each in (old, new))
         fits = both or jnp.promote_types(old, new) == new
     if not fits:
-        raise _not_affine(f"{primitive} of the state")
-
-
-def _not_affine(what: str) -> ValueError:
-    return ValueError(
-        f"method='parallel': {what} is handed on from step to step. Expected states that are "
-        f"scaled, added to and selected, element by element; run others with method='sequential'."
-    )
+        raise NotAffineError(f"{primitive} of the state is handed on from step to step")
 
 
 def _scales(equation: Equation, place: int) -> bool:
@@ -264,6 +385,6 @@ def _read_of(equations: Iterable[Equation], outs: Iterable[Atom], rows: Env) -> 
     return [v for v in read_of if v in rows]
 
 
-def _full(atom: Atom, value: int) -> Array:
-    """An array of the atom's type, full of one value."""
-    return placed_as(jnp.full(shape(atom), value, dtype(atom)), atom.aval)
+def _full(atom: Atom, value: int, of: Any = None) -> Array:
+    """An array of the atom's type, full of one value; or of another dtype, that of `of`."""
+    return placed_as(jnp.full(shape(atom), value, of or dtype(atom)), atom.aval)

@@ -104,12 +104,14 @@ def explain_scan(f: Body, init: PyTree, *args: Any, **kwargs: Any) -> str:
     given = _arguments_of(scan, f, init, *args, **kwargs)
     _, _, xs, length, reverse, unroll = given.args
     check_options(**given.kwargs)
+    if any(jnp.ndim(x) == 0 for x in jax.tree.leaves(xs)):
+        lax.scan(f, init, xs, length, reverse)  # it says what is wrong
     lines: list[str] = []
 
     def listen(init: PyTree, xs: PyTree) -> Any:
         leaves = jax.tree.leaves(xs)
         steps = 1 if time_of(xs, as_int(length)) is None else unroll
-        results = lax.scan(f, init, xs, length, reverse, steps)  # it says what is wrong
+        results = lax.scan(f, init, xs, length, reverse, steps)  # here, too
         time = leaves[0].shape[0] if leaves else as_int(length)
         lines.extend(_report(f, init, xs, time, reverse=reverse, unroll=unroll, **given.kwargs))
         return results
@@ -184,7 +186,10 @@ def _section(title: str, program: Program) -> list[str]:
     products = Counter(_signature(e) for e in program.equations if _jaxpr.multiply_adds(e))
     others = Counter(str(e.primitive) for e in program.equations if not _jaxpr.multiply_adds(e))
     lines = ["", title]
-    lines += [f"  {name}{_times(n)}" for name, n in products.items()]
+    for name, n in products.items():
+        lines += textwrap.wrap(
+            name + _times(n), _WIDTH, initial_indent="  ", subsequent_indent="    "
+        )
     return lines + _wrap(f"{name}{_times(n)}" for name, n in others.items())
 
 

@@ -127,7 +127,7 @@ def _run_loop(
 
     If a product is out of sight, in an inner loop, say, it would only be computed again.
     """
-    if any(map(hides_product, loop.program.equations)):
+    if steps.how != "parallel" and any(map(hides_product, loop.program.equations)):
         return run_plain(loop.program, consts, carry, xs, steps)
     return _run(loop.program, consts, carry, xs, [0] * len(xs), steps, steps.length)
 

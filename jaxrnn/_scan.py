@@ -297,7 +297,7 @@ def trace_body(
         for old, new in _old_and_new(traced, len(carry))
     )
     if traced.has_effects and method in ("fused", "parallel"):
-        raise ValueError(f"method={method!r}: the step has effects, which want it run in order.")
+        raise ValueError(f"method={method!r}: the step has effects (a print, a collective, ...).")
     # JAX's rules of a product ask for the width that is allowed where they run, not where it is.
     is_wide = any(map(is_of_another_width, program.equations))
     # Under `vmap` even one in a `cond` may leave the loop.

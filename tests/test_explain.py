@@ -179,6 +179,7 @@ def test_mistakes_in_a_scan_are_named_as_scan_names_them():
         (lambda scan: scan(body, tuple(STATES), INPUTS.swapaxes(0, 1), length=T + 1), ValueError),
         (lambda scan: scan(lambda h, x: (h[:1], x), STATES[0], INPUTS), TypeError),
         (lambda scan: scan(body, tuple(STATES), INPUTS.swapaxes(0, 1), unroll=-1), ValueError),
+        (lambda scan: scan(body, tuple(STATES), 1.0), ValueError),
         (lambda scan: scan(body, tuple(STATES), INPUTS, chunk=0), ValueError),
     ):
         messages = []

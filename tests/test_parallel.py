@@ -235,6 +235,132 @@ def test_a_state_keeps_its_dtype():
     assert_same((h, ys), expected, "bfloat16")
 
 
+def swapped(carry, x):
+    a, b = carry
+    return (b, a), a + x
+
+
+NOT_FINITE = {
+    "taken from the input": (lambda h, x: (x, h), -jnp.inf, jnp.arange(4.0)),
+    "held": (lambda h, x: (jnp.where(x > 0, x, h), h), 0.0, jnp.array([1, jnp.inf, 2, -3, 4])),
+    "begun": (lambda h, x: (jnp.where(x == 0, x, 0.5 * h) + x, h), jnp.nan, jnp.arange(4.0)),
+    "swapped": (swapped, (jnp.inf, 1.0), jnp.arange(4.0)),
+}
+
+
+@pytest.mark.parametrize("case", NOT_FINITE)
+def test_what_is_dropped_may_be_infinite_or_nan(case):
+    body, init, xs = NOT_FINITE[case]
+    init = jax.tree.map(jnp.float32, init)
+    assert_same(PARALLEL(body, init, xs), lax.scan(body, init, xs))
+
+
+def test_a_reset_keeps_nan_in_its_episode():
+    reset = jnp.arange(T) == 3
+    inputs = jnp.moveaxis(XS, 0, 1).at[:, 1].set(jnp.nan)
+
+    def loss(weight, method):
+        def step(x, states):
+            h = 0.5 * states[0] + x @ weight
+            return jnp.log(jnp.maximum(h, 0)), [h]
+
+        _, outputs, _ = jaxrnn.rnn(
+            step, inputs, [H0], reset=jnp.stack([reset] * B), mask=jnp.ones((B, T)), method=method
+        )
+        return sum_of_sines(jnp.exp(outputs[:, 3:])), outputs
+
+    actual, expected = (
+        jax.value_and_grad(loss, has_aux=True)(PARAMS["W"], method)
+        for method in ("parallel", "lax")
+    )
+    (_, outputs), _ = expected
+    assert np.isnan(outputs[:, 1]).all()
+    assert np.isneginf(outputs[:, 3:]).any()
+    assert np.isfinite(actual[0][0])
+    assert_same(actual[0], expected[0], scale=10)
+
+
+def test_second_derivatives_at_coefficients_of_zero():
+    def loss(scan, a):
+        step = lambda h, x: (jnp.where(x[:1] > 9, h, a * h) + x, h)  # noqa: E731
+        return sum_of_sines(scan(step, H0[0], XS[:, 0, :1])[1])
+
+    actual, expected = (
+        jax.hessian(functools.partial(loss, scan))(0.0) for scan in (PARALLEL, lax.scan)
+    )
+    assert_same(actual, expected, scale=10)
+
+
+def test_states_of_several_dtypes():
+    def step(carry, x):
+        wide, narrow = carry
+        return (
+            0.5 * wide + narrow.astype(jnp.float32) + x,
+            (0.3 * wide).astype(jnp.bfloat16),
+        ), wide
+
+    init = jnp.float32(1), jnp.bfloat16(2)
+    xs = jnp.arange(4.0)
+    assert_same(PARALLEL(step, init, xs), lax.scan(step, init, xs), "bfloat16")
+
+
+@pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey])
+def test_keys_flags_and_counts_beside_a_state(make_key):
+    def step(carry, x):
+        key, n, done, h = carry
+        key, now = jax.random.split(key)
+        h = jnp.where(done, 0, 0.9 * h) + n * x
+        return (key, (n + 1) % 3, x > 2, h), h * jax.random.bernoulli(now)
+
+    def loss(scan, xs):
+        init = make_key(1), jnp.int32(1), jnp.bool_(False), jnp.float32(0)
+        last, ys = scan(step, init, xs)
+        return jnp.sum(jnp.sin(ys)), (last, ys)
+
+    actual, expected = (
+        jax.value_and_grad(functools.partial(loss, scan), has_aux=True)(jnp.arange(5.0))
+        for scan in (PARALLEL, lax.scan)
+    )
+    assert_same(actual, expected, scale=10)
+
+
+def test_a_truth_value_is_held_at_masked_steps():
+    def step(x, states):
+        h = 0.9 * states[0] + x @ PARAMS["W"]
+        return (h, h > 0), [h]
+
+    actual, expected = (
+        jaxrnn.rnn(step, jnp.moveaxis(XS, 0, 1), [H0], input_length=[7, 0, 3], method=method)
+        for method in ("parallel", "lax")
+    )
+    assert_same(actual, expected)
+
+
+@jax.custom_vjp
+def clipped(x):
+    return x
+
+
+clipped.defvjp(lambda x: (x, None), lambda _, g: (jnp.clip(g, -0.1, 0.1),))
+
+
+def test_functions_with_a_derivative_of_their_own():
+    def loss(scan, xs):
+        step = lambda h, x: (0.9 * h + clipped(x[:, :1]), clipped(h @ PARAMS["U"]))  # noqa: E731
+        return sum_of_sines(scan(step, H0, xs)[1])
+
+    actual, expected = (
+        jax.grad(functools.partial(loss, scan))(XS) for scan in (PARALLEL, lax.scan)
+    )
+    assert_same(actual, expected, scale=10)
+
+
+def test_bits_that_depend_on_the_batching_are_refused():
+    keys = jax.random.split(jax.random.key(0, impl="rbg"), T)
+    with pytest.raises(ValueError, match="random_bits is not run for many steps at once"):
+        PARALLEL(lambda h, key: (0.9 * h + jax.random.normal(key), h), 0.0, keys)
+
+
 @pytest.mark.parametrize(
     ("word", "body"),
     [
@@ -243,6 +369,8 @@ def test_a_state_keeps_its_dtype():
         ("mul", lambda h, x: (h * (h + x @ PARAMS["W"]), h)),
         ("div", lambda h, x: (1 / (h + x @ PARAMS["W"]), h)),
         ("gt", lambda h, x: (jnp.where(h > 0, h, x @ PARAMS["W"]), h)),
+        ("max", lambda h, x: (jnp.maximum(h, x @ PARAMS["W"]), h)),
+        ("cond", lambda h, x: (h + lax.cond(x[0, 0] > 0, jnp.sin, jnp.cos, x @ PARAMS["W"]), h)),
         ("cond", lambda h, x: (lax.cond(x[0, 0] > 0, lambda h: 2 * h, lambda h: h, h), h)),
         ("effects", lambda h, x: (jax.debug.print("{}", x) or h, h)),
     ],
