@@ -50,8 +50,6 @@ from jaxrnn._schedule import equations_for
 
 Array = jax.Array
 Env = dict[Var, Any]
-Matrix = list[list["_Slope"]]
-Sums = list[Array]
 
 
 class _Slope(NamedTuple):
@@ -59,6 +57,10 @@ class _Slope(NamedTuple):
 
     value: Array
     kept: Array | None
+
+
+Matrix = list[list[_Slope]]
+Sums = list[Array]
 
 
 class NotAffineError(ValueError):
@@ -76,6 +78,7 @@ class _System(NamedTuple):
     """States that enter one another, and what makes the new ones of the old ones.
 
     Attributes:
+        program: the loop's.
         states: which of the loop's carries.
         old: their variables before a step.
         new: what stands for them after it.
@@ -83,6 +86,7 @@ class _System(NamedTuple):
         moving: the variables that are affine in `old`; None if the states have to run in order.
     """
 
+    program: Program
     states: tuple[int, ...]
     old: tuple[Var, ...]
     new: tuple[Atom, ...]
@@ -146,8 +150,9 @@ def run_affine(
     for system in parts.systems:
         first = [carry[i] for i in system.states]
         run = _run_in_order if system.moving is None else _run_at_once
-        states = run(system, program, fixed, rows, first, length, reverse)
-        for i, old, new, start, after in zip(*system[:3], first, states, strict=True):
+        states = run(system, fixed, rows, first, length, reverse)
+        variables_of = zip(system.states, system.old, system.new, strict=True)
+        for (i, old, new), start, after in zip(variables_of, first, states, strict=True):
             last[i] = after[0 if reverse else -1]
             rows[old] = shifted(after, start, reverse)
             if isinstance(new, Var) and new not in fixed:
@@ -160,23 +165,16 @@ def run_affine(
 
     made = jax.vmap(rest)(jnp.arange(length), *(rows[v] for v in given))
     rows |= dict(zip(parts.rest, made, strict=True))
-    return [last[i] for i in range(len(carry))], [
-        read(rows, v) for v in program.outvars[len(carry) :]
-    ]
+    outs = program.outvars[len(carry) :]
+    return [last[i] for i in range(len(carry))], [read(rows, v) for v in outs]
 
 
 def _run_in_order(
-    system: _System,
-    program: Program,
-    fixed: Env,
-    rows: Env,
-    first: Sequence[Array],
-    length: int,
-    reverse: bool,
+    system: _System, fixed: Env, rows: Env, first: Sequence[Array], length: int, reverse: bool
 ) -> list[Array]:
     """The states after each step, by a loop over them alone."""
     given = _read_of(system.equations, system.new, rows)
-    step = program.cut([*fixed, *system.old, *given], system.new, system.equations)
+    step = system.program.cut([*fixed, *system.old, *given], system.new, system.equations)
 
     def run(states: list[Array], values: list[Array]) -> tuple[list[Array], list[Array]]:
         new = step.run(*fixed.values(), *states, *values)
@@ -186,13 +184,7 @@ def _run_in_order(
 
 
 def _run_at_once(
-    system: _System,
-    _: Program,
-    fixed: Env,
-    rows: Env,
-    first: Sequence[Array],
-    length: int,
-    reverse: bool,
+    system: _System, fixed: Env, rows: Env, first: Sequence[Array], length: int, reverse: bool
 ) -> list[Array]:
     """The states after each step, from the `first` ones and the `rows` of all that is known."""
     given = _read_of(system.equations, system.new, rows)
@@ -318,7 +310,7 @@ def _parts(loop: Loop) -> _Parts:
             if any(jnp.issubdtype(dtype(v), jnp.inexact) for v in old):
                 raise
             moving = None
-        systems.append(_System(states, old, new, equations, moving))
+        systems.append(_System(program, states, old, new, equations, moving))
         known.update(old, variables(new))
     rest = [v for v in variables(program.outvars[carry:]) if v not in known]
     equations = equations_for(program, rest, known)
