@@ -83,7 +83,7 @@ class _System(NamedTuple):
         old: their variables before a step.
         new: what stands for them after it.
         equations: from `old` and from what is known to `new`.
-        moving: the variables that are affine in `old`; None if the states have to run in order.
+        moving: the variables that are affine in `old`; none if the states have to run in order.
     """
 
     program: Program
@@ -91,7 +91,7 @@ class _System(NamedTuple):
     old: tuple[Var, ...]
     new: tuple[Atom, ...]
     equations: list[Equation]
-    moving: set[Var] | None
+    moving: set[Var]
 
 
 class _Parts(NamedTuple):
@@ -149,7 +149,7 @@ def run_affine(
     last: dict[int, Array] = {}
     for system in parts.systems:
         first = [carry[i] for i in system.states]
-        run = _run_in_order if system.moving is None else _run_at_once
+        run = _run_at_once if system.moving else _run_in_order
         states = run(system, fixed, rows, first, length, reverse)
         variables_of = zip(system.states, system.old, system.new, strict=True)
         for (i, old, new), start, after in zip(variables_of, first, states, strict=True):
@@ -196,7 +196,7 @@ def _run_at_once(
         return slopes, [jnp.where(index == start, x, b) for x, b in zip(begun, sums, strict=True)]
 
     functions = jax.vmap(of_step)(jnp.arange(length), *(rows[v] for v in given))
-    if not (system.moving or set()).isdisjoint(variables(system.new)):
+    if not system.moving.isdisjoint(variables(system.new)):
         functions = lax.associative_scan(_composed, functions, reverse=reverse)
     states: list[Array] = functions[1]
     return states
@@ -213,7 +213,7 @@ def _composed(first: tuple[Matrix, Sums], second: tuple[Matrix, Sums]) -> tuple[
 def _after(row: Sequence[_Slope], column: Sequence[_Slope]) -> _Slope:
     """An element of the product of two matrices."""
     pairs = list(zip(row, column, strict=True))
-    terms = [_scaled(a, b.value) for a, b in pairs]
+    terms = [a.value * b.value for a, b in pairs]
     both = [a.kept & b.kept for a, b in pairs if a.kept is not None and b.kept is not None]
     if both:
         terms = [_where(kept, term) for kept, term in zip(both, terms, strict=True)]
@@ -240,13 +240,13 @@ def _where(kept: Array, value: Array) -> Array:
 
 def _coefficients(system: _System, env: Env) -> tuple[Matrix, Sums]:
     """How the new states of one step depend on the old ones, from all else that is known."""
-    moving, count = system.moving or set(), len(system.old)
+    moving, count = system.moving, len(system.old)
     env = env | {v: _full(v, 0) for v in system.old}
     slopes = {v: {i: _Slope(_full(v, 1), _full(v, True, bool))} for i, v in enumerate(system.old)}
     for equation in system.equations:
         operands = [read(env, atom) for atom in equation.invars]
         env |= zip(equation.outvars, bind(equation, operands), strict=True)
-        if not any(v in moving for v in equation.outvars):
+        if moving.isdisjoint(equation.outvars):
             continue
         parts = [slopes.get(a, {}) if isinstance(a, Var) else {} for a in equation.invars]
         (made,) = equation.outvars
@@ -303,13 +303,12 @@ def _parts(loop: Loop) -> _Parts:
         old = tuple(olds[i] for i in states)
         new = tuple(program.outvars[i] for i in states)
         equations = equations_for(program, variables(new), known)
-        moving: set[Var] | None
         try:
             moving = _moving(equations, old)
         except NotAffineError:
             if any(jnp.issubdtype(dtype(v), jnp.inexact) for v in old):
                 raise
-            moving = None
+            moving = set()
         systems.append(_System(program, states, old, new, equations, moving))
         known.update(old, variables(new))
     rest = [v for v in variables(program.outvars[carry:]) if v not in known]
