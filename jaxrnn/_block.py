@@ -1,5 +1,6 @@
 """Runs a plan over blocks of time: each pass at once, each loop when its turn comes."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from jaxrnn._jaxpr import Atom, Literal, Program, read, variables
 from jaxrnn._kernel import recipe
 from jaxrnn._passes import run_rows, time_first
 from jaxrnn._placement import empty_rows
+from jaxrnn._rows import InPlace, Writer, block_of, given_rows, one_row
 
 Array = jax.Array
 PyTree = Any
@@ -52,32 +54,11 @@ class Steps(NamedTuple):
         return lax.scan(step, init, xs, self.length, self.reverse, self.unroll)
 
 
-class InPlace(NamedTuple):
-    """Rows of a block that only loops read, left among the rows of all steps.
+class Axes(NamedTuple):
+    """On which axis time lies: of each of xs, of each of ys."""
 
-    Attributes:
-        whole: the rows of all steps.
-        indices: which of them are the block's.
-        axis: the axis of time of `whole`.
-    """
-
-    whole: Array
-    indices: Array
-    axis: int = 0
-
-
-def given_rows(rows: Array | InPlace) -> Array:
-    """What a loop is given of rows, step by step."""
-    return rows.indices if isinstance(rows, InPlace) else rows
-
-
-def one_row(rows: Array | InPlace, given: Array) -> Array:
-    """The row of one step, from what the loop is given of them."""
-    if not isinstance(rows, InPlace):
-        return given
-    return lax.dynamic_index_in_dim(
-        rows.whole, given, rows.axis, keepdims=False, allow_negative_indices=False
-    )
+    xs: Sequence[int]
+    ys: Sequence[int]
 
 
 RunLoop = Callable[
@@ -252,7 +233,7 @@ def run_in_place(
     consts: Sequence[Array],
     carry: Sequence[Array],
     xs: Sequence[Array],
-    axes: Sequence[int],
+    axes: Axes,
     steps: Steps,
     block: int,
 ) -> tuple[list[Array], list[Array]]:
@@ -266,7 +247,7 @@ def run_in_place(
         consts: what the body closes over.
         carry: the first carry.
         xs: arrays with a row per step.
-        axes: the axis of time of each of `xs`.
+        axes: the axis of time of each of `xs` and of ys.
         steps: all of them.
         block: timesteps per block.
 
@@ -275,22 +256,26 @@ def run_in_place(
     """
     invariant = run_invariant(plan, consts)
     if block == steps.length:
-        rows = list(map(time_first, xs, axes))
-        return run_block(plan, invariant, carry, rows, steps, _run_loop)
+        rows = list(map(time_first, xs, axes.xs))
+        return _run_whole(plan, invariant, carry, rows, axes.ys, steps)
     outs = plan.body.outvars[plan.carry :]
 
     def run(state: PyTree, index: Array, steps: Steps) -> tuple[PyTree, None]:
         carry, whole = state
-        writer = _Writer(outs, whole, index)
-        rows = [block_of(x, axis, index, steps) for x, axis in zip(xs, axes, strict=True)]
-        carry, ys = run_block(plan, invariant, carry, rows, steps, writer.run_loop)
-        writer.write_missing(ys)
+        writer = Writer(outs, whole, axes.ys, index)
+        rows = [block_of(x, axis, index) for x, axis in zip(xs, axes.xs, strict=True)]
+        run_loop = functools.partial(_run_loop, writer)
+        carry, ys = run_block(plan, invariant, carry, rows, steps, run_loop)
+        writer.put_missing(ys)
         return (carry, writer.whole), None
 
     # Arrays that begin alike would be made once and copied.
-    whole = [empty_rows(v.aval, steps.length, i) for i, v in enumerate(outs)]
-    index = jnp.arange(steps.length)
-    return over_blocks(run, (list(carry), whole), index, steps, block, False)[0]
+    whole = [
+        empty_rows(v.aval, steps.length, axis, i)
+        for i, (v, axis) in enumerate(zip(outs, axes.ys, strict=True))
+    ]
+    state = (list(carry), whole)
+    return over_blocks(run, state, jnp.arange(steps.length), steps, block, False)[0]
 
 
 def run_at_once(
@@ -298,7 +283,7 @@ def run_at_once(
     consts: Sequence[Array],
     carry: Sequence[Array],
     xs: Sequence[Array],
-    axes: Sequence[int],
+    axes: Axes,
     steps: Steps,
 ) -> tuple[list[Array], list[Array]]:
     """Runs a plan of a single loop over all time, xs being read where they lie.
@@ -310,76 +295,50 @@ def run_at_once(
     whole = variables([*plan.body.outvars, *plan.tail.invars])  # read otherwise, too
     rows = [
         InPlace(x, index, axis) if axis and v not in whole else time_first(x, axis)
-        for v, x, axis in zip(inputs, xs, axes, strict=True)
+        for v, x, axis in zip(inputs, xs, axes.xs, strict=True)
     ]
-    return run_block(plan, run_invariant(plan, consts), carry, rows, steps, _run_loop)
+    return _run_whole(plan, run_invariant(plan, consts), carry, rows, axes.ys, steps)
 
 
-def block_of(rows: Array, axis: int, index: Array, steps: Steps) -> Array:
-    """The rows of a block, those of `index`, from `rows` of which `axis` is time."""
-    taken = lax.dynamic_slice_in_dim(
-        rows, index[0], steps.length, axis, allow_negative_indices=False
-    )
-    return time_first(taken, axis)
-
-
-class _Writer:
-    """Writes the rows `outs` of one block, those of `index`, into those of all steps."""
-
-    def __init__(self, outs: Sequence[Atom], whole: Sequence[Array], index: Array):
-        self.outs, self.whole, self.index = outs, list(whole), index
-        self.missing = set(range(len(outs)))
-
-    def run_loop(
-        self, loop: Loop, consts: list[Array], carry: list[Array], xs: list[Array], steps: Steps
-    ) -> tuple[list[Array], list[Array]]:
-        """Runs a loop, each step of which writes its row if it runs step by step."""
-        if (done := _run_otherwise(loop, consts, carry, xs, steps)) is not None:
-            return done
-        places = [i for i in sorted(self.missing) if self.outs[i] in loop.ys]
-        others = [v for v in loop.ys if v not in self.outs]
-
-        start, of_rows = carried(loop.program, consts, carry)
-
-        def step(state: PyTree, x: PyTree) -> tuple[PyTree, list[Array]]:
-            (state, whole), (i, x) = state, x
-            state, ys = of_rows(state, x)
-            row: Env = dict(zip(loop.ys, ys, strict=True))
-            whole = [
-                _write(ys, row[self.outs[place]][None], i)
-                for place, ys in zip(places, whole, strict=True)
-            ]
-            return (state, whole), [row[v] for v in others]
-
-        state = (start, [self.whole[place] for place in places])
-        (state, whole), ys = steps.scan(step, state, (self.index, xs))
-        rows: Env = dict(zip(others, ys, strict=True))
-        for place, written in zip(places, whole, strict=True):
-            self.whole[place] = written
-            rows[self.outs[place]] = block_of(written, 0, self.index, steps)
-        self.missing.difference_update(places)
-        return state[: len(carry)], [rows[v] for v in loop.ys]
-
-    def write_missing(self, ys: Sequence[Array]) -> None:
-        """Writes the rows of the block that no loop has written."""
-        for place in self.missing:
-            self.whole[place] = _write(self.whole[place], ys[place], self.index[0])
-
-
-def _write(whole: Array, rows: Array, start: Array) -> Array:
-    zeros = [0] * (rows.ndim - 1)
-    return lax.dynamic_update_slice(whole, rows, (start, *zeros), allow_negative_indices=False)
+def _run_whole(
+    plan: Plan,
+    invariant: Env,
+    carry: Sequence[Array],
+    rows: Sequence[Array | InPlace],
+    axes: Sequence[int],
+    steps: Steps,
+) -> tuple[list[Array], list[Array]]:
+    """Runs a plan over all time as one block, with time of ys on `axes`."""
+    # What lies time first `lax.scan` puts together itself, and in groups where it is unrolled.
+    outs = plan.body.outvars[plan.carry :]
+    whole = [
+        empty_rows(v.aval, steps.length, axis, 0) if axis else None
+        for v, axis in zip(outs, axes, strict=True)
+    ]
+    writer = Writer(outs, whole, axes, jnp.arange(steps.length))
+    run_loop = functools.partial(_run_loop, writer)
+    carry, ys = run_block(plan, invariant, carry, rows, steps, run_loop)
+    writer.put_missing(ys)
+    return carry, [y if rows is None else rows for y, rows in zip(ys, writer.whole, strict=True)]
 
 
 def _run_loop(
-    loop: Loop, consts: list[Array], carry: list[Array], xs: list[Array], steps: Steps
+    writer: Writer,
+    loop: Loop,
+    consts: list[Array],
+    carry: list[Array],
+    xs: list[Any],
+    steps: Steps,
 ) -> tuple[list[Array], list[Array]]:
+    """Runs a loop, each step of which writes its rows if it runs step by step."""
     if (done := _run_otherwise(loop, consts, carry, xs, steps)) is not None:
         return done
     state, of_rows = carried(loop.program, consts, carry)
-    state, ys = steps.scan(
-        lambda state, x: of_rows(state, list(map(one_row, xs, x))), state, list(map(given_rows, xs))
-    )
+
+    def step(state: PyTree, x: PyTree) -> tuple[PyTree, list[Array]]:
+        return of_rows(state, list(map(one_row, xs, x)))
+
+    state, ys = writer.scan(loop, step, state, list(map(given_rows, xs)), steps.scan)
     return state[: len(carry)], ys
 
 

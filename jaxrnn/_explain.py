@@ -13,11 +13,12 @@ from jax import lax
 
 from jaxrnn import _jaxpr, _rnn
 from jaxrnn._arguments import Step
-from jaxrnn._block import run_plain
+from jaxrnn._block import Axes, run_plain
 from jaxrnn._checkpoints import not_to_be_kept
 from jaxrnn._choice import block_length, results_block, steps_of
 from jaxrnn._gains import only_for_gradients
 from jaxrnn._jaxpr import Equation, Program, Traced
+from jaxrnn._options import as_int, check_options, time_of
 from jaxrnn._passes import time_first
 from jaxrnn._primitives import cond_p, scan_p
 from jaxrnn._recurrence import run_split
@@ -26,12 +27,9 @@ from jaxrnn._scan import (
     Body,
     Split,
     Way,
-    as_int,
-    check_options,
     has_effects,
     scan,
     split_body,
-    time_of,
     trace_body,
     way_of_gradient,
 )
@@ -67,14 +65,17 @@ def explain(
     """
     lines: list[str] = []
 
-    def listen(body: Body, init: PyTree, xs: PyTree, axes: Sequence[int], **options: Any) -> Any:
+    def listen(
+        body: Body, init: PyTree, xs: PyTree, axes: Sequence[int], ys_axis: int, **options: Any
+    ) -> Any:
         xs = tuple(
             jax.tree.map(functools.partial(time_first, axis=axis), part)
             for part, axis in zip(xs, axes, strict=True)
         )
         time = jax.tree.leaves(xs)[0].shape[0]
         lines.extend(_report(body, init, xs, time, **options))
-        return lax.scan(body, init, xs)
+        carry, ys = lax.scan(body, init, xs)
+        return carry, jax.tree.map(lambda y: jnp.moveaxis(y, 0, ys_axis), ys)
 
     given = _arguments_of(_rnn.rnn, step_function, inputs, initial_states, *args, **kwargs)
     settings, operands = _rnn.prepare(*given.args, **given.kwargs)
@@ -223,7 +224,8 @@ def _kept_bytes(traced: Traced, split: Split, xs: PyTree, way: Way) -> tuple[int
     carry, rows = split.carry, jax.tree.leaves(xs)
 
     def ours(consts: Sequence[Array], carry: list[Array], rows: list[Array]) -> PyTree:
-        return run_split(split.plan, consts, carry, rows, [0] * len(rows), *way)
+        ys = len(split.plan.body.outvars) - len(carry)
+        return run_split(split.plan, consts, carry, rows, Axes([0] * len(rows), [0] * ys), *way)
 
     def theirs(consts: Sequence[Array], carry: list[Array], rows: list[Array]) -> PyTree:
         return run_plain(traced.program, consts, carry, rows, way.steps)

@@ -1,9 +1,11 @@
-"""How arrays lie on devices, where that is part of their type.
+"""What is computed on, and how arrays lie there, where that is part of their type.
 
 On meshes with explicit axes an array's type says over which of them it is split, and inside
 `shard_map` over which it varies. What is made of nothing has to be made to fit.
 """
 
+import functools
+import pathlib
 from typing import Any
 
 import jax
@@ -23,6 +25,15 @@ def gpu() -> Any:
 def is_lone_cpu() -> bool:
     """Whether a CPU is computed on, as far as one can tell while tracing, and nothing beside it."""
     return jax.device_count() == 1 and is_cpu()
+
+
+@functools.cache
+def has_wide_vectors() -> bool:
+    """Whether the host multiplies sixteen floats at once (AVX-512), as far as Linux tells."""
+    try:
+        return "avx512f" in pathlib.Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 def is_cpu() -> bool:
@@ -81,11 +92,12 @@ def zeros_of(like: jax.ShapeDtypeStruct) -> Array:
     return varying_as(jnp.zeros(like.shape, like.dtype), like)
 
 
-def empty_rows(like: Any, length: int, mark: int) -> Array:
-    """`length` arrays of type `like`, full of `mark`, split and varying over a mesh as it is."""
+def empty_rows(like: Any, length: int, axis: int, mark: int) -> Array:
+    """`length` arrays of type `like` along `axis`, full of `mark`, placed on a mesh as it is."""
+    shape = [*like.shape[:axis], length, *like.shape[axis:]]
     sharding = explicit_sharding(like)
     if sharding is not None:
-        spec = jax.sharding.PartitionSpec(None, *sharding.spec)
+        names = [*sharding.spec, *[None] * (len(like.shape) - len(sharding.spec))]
+        spec = jax.sharding.PartitionSpec(*names[:axis], None, *names[axis:])
         sharding = jax.sharding.NamedSharding(sharding.mesh, spec)
-    rows = lax.full((length, *like.shape), mark, like.dtype, sharding=sharding)
-    return varying_as(rows, like)
+    return varying_as(lax.full(shape, mark, like.dtype, sharding=sharding), like)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrnn._block import (
+    Axes,
     Steps,
     over_blocks,
     run_at_once,
@@ -43,6 +44,7 @@ from jaxrnn._jaxpr import (
 )
 from jaxrnn._passes import time_first
 from jaxrnn._residuals import is_moving, residuals, symbolic_zero
+from jaxrnn._rows import row_of
 from jaxrnn._samples_last import in_one_loop
 from jaxrnn._schedule import equations_for
 from jaxrnn._tangent import Tangent
@@ -56,7 +58,7 @@ def run_split(
     consts: Sequence[Array],
     carry: Sequence[Array],
     xs: Sequence[Array],
-    axes: Sequence[int],
+    axes: Axes,
     steps: Steps,
     block: int,
     remat: bool,
@@ -72,10 +74,13 @@ def run_split(
     def run(carry: list[Array], xs: list[Array], steps: Steps) -> tuple[list[Array], list[Array]]:
         if hidden:
             return run_block(plan, invariant, carry, xs, steps, _run_loop)
-        return _run(program, values, carry, xs, [0] * len(xs), steps, steps.length)
+        first = Axes([0] * len(xs), [0] * len(axes.ys))
+        return _run(program, values, carry, xs, first, steps, steps.length)
 
     if hidden or remat:
-        return over_blocks(run, list(carry), list(map(time_first, xs, axes)), steps, block, remat)
+        rows = list(map(time_first, xs, axes.xs))
+        last, ys = over_blocks(run, list(carry), rows, steps, block, remat)
+        return last, [jnp.moveaxis(y, 0, axis) for y, axis in zip(ys, axes.ys, strict=True)]
     return _run(program, values, carry, xs, axes, steps, block)
 
 
@@ -129,7 +134,8 @@ def _run_loop(
     """
     if steps.how != "parallel" and any(map(hides_product, loop.program.equations)):
         return run_plain(loop.program, consts, carry, xs, steps)
-    return _run(loop.program, consts, carry, xs, [0] * len(xs), steps, steps.length)
+    first = Axes([0] * len(xs), [0] * len(loop.ys))
+    return _run(loop.program, consts, carry, xs, first, steps, steps.length)
 
 
 def _run(
@@ -137,7 +143,7 @@ def _run(
     consts: Sequence[Array],
     carry: Sequence[Array],
     xs: Sequence[Array],
-    axes: Sequence[int],
+    axes: Axes,
     steps: Steps,
     block: int,
     kind: Kind = "results",
@@ -166,12 +172,14 @@ def _run(
         new = program.outvars[:n_carry]
         keeping, given = program.cut(program.invars, [*new, *held.rows], program.equations), consts
         if any(map(has_own_rule, program.equations)):
-            example = [x[0] for x in map(time_first, xs, axes)]
+            example = [row_of(x, axis, 0) for x, axis in zip(xs, axes.xs, strict=True)]
             traced = _as_differentiated(keeping, *consts, *carry, *example)
             keeping, given = traced.program, [*traced.consts, *consts]
-        last, made = _run(keeping, given, carry, xs, axes, steps, block, "keeps")
+        ys_axes = [*axes.ys, *[0] * (len(held.rows) - len(axes.ys))]
+        lying = Axes(axes.xs, ys_axes)
+        last, made = _run(keeping, given, carry, xs, lying, steps, block, "keeps")
 
-        tangent = Tangent(program, primals, tangents, axes, made, held)
+        tangent = Tangent(program, primals, tangents, lying, made, held)
         t_last, t_ys = tangent.run(steps, block)
         ys = made[: len(program.outvars) - n_carry]
         return (last, ys), (

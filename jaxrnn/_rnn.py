@@ -12,10 +12,11 @@ from jaxrnn import _arguments, _masking
 from jaxrnn._arguments import Operands, Options, Step
 from jaxrnn._eager import is_jit_disabled, run_compiled
 from jaxrnn._jaxpr import Equation, inner_equations
+from jaxrnn._options import check_options
 from jaxrnn._passes import time_first
 from jaxrnn._placement import placed_as, zeros_of
 from jaxrnn._primitives import INLINED, SMOOTH, split_p
-from jaxrnn._scan import check_options, scan_along
+from jaxrnn._scan import scan_along
 
 Array = jax.Array
 PyTree = Any
@@ -219,6 +220,7 @@ def run(
         (states, held),
         (lying, valid, reset),
         (axis, 0, 0),
+        axis,
         reverse=options.go_backwards,
         unroll=options.unroll,
         chunk=chunk,
@@ -239,21 +241,20 @@ def _assemble(
     Without an output that was `remembered` the last one is the last of all; without all of them
     the last one stands for them.
     """
+    axis = 0 if options.time_major else 1
     last = 0 if options.go_backwards else -1
     last_output = remembered
     if remembered is None:
-        last_output = jax.tree.map(lambda y: y[last], outputs)
+        last_output = jax.tree.map(lambda y: y[last] if axis == 0 else y[:, last], outputs)
     elif valid is not None and options.zero_output_for_mask:
         last_output = _masking.zero_unless(jnp.any(valid, axis=0), remembered)
     if not options.return_all_outputs:
         outputs = last_output
         if valid is not None and options.zero_output_for_mask:
             outputs = _masking.zero_unless(valid[last], outputs)
-        outputs = jax.tree.map(lambda y: y[None], outputs)
+        outputs = jax.tree.map(lambda y: jnp.expand_dims(y, axis), outputs)
     elif options.go_backwards:
-        outputs = jax.tree.map(lambda y: jnp.flip(y, 0), outputs)
-    if not options.time_major:
-        outputs = jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1), outputs)
+        outputs = jax.tree.map(lambda y: jnp.flip(y, axis), outputs)
     return last_output, outputs
 
 

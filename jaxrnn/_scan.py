@@ -1,7 +1,6 @@
 """`scan`: `jax.lax.scan` run as an expert would have written it, over blocks of time."""
 
 import functools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ from jax import lax
 
 from jaxrnn._affine import is_parallel
 from jaxrnn._algebra import simplify
-from jaxrnn._block import Steps, over_blocks, run_plain
+from jaxrnn._block import Axes, Steps, over_blocks, run_plain
 from jaxrnn._checkpoints import through_checkpoints
 from jaxrnn._choice import (
     block_length,
@@ -38,7 +37,9 @@ from jaxrnn._jaxpr import (
     trace,
     weak_as,
 )
+from jaxrnn._options import ScanOptions, as_int, check_options, time_of
 from jaxrnn._passes import time_first
+from jaxrnn._placement import is_lone_cpu
 from jaxrnn._recurrence import Results, run_split, run_with_derivative_of
 from jaxrnn._samples_last import in_one_loop
 from jaxrnn._shared import share
@@ -47,8 +48,6 @@ from jaxrnn._vmapped import scan_samples
 Array = jax.Array
 PyTree = Any
 Body = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
-
-METHODS = ("auto", "fused", "parallel", "sequential", "lax")
 
 
 def scan(
@@ -95,21 +94,10 @@ def scan(
             and "parallel" for one that is not affine among them; and what `jax.lax.scan` raises.
     """
     check_options(chunk, remat, method)
-    options = _Options(as_int(length), reverse, unroll, chunk, remat, method)
-    if not _is_hashable(options) or any(getattr(x, "ndim", 0) == 0 for x in jax.tree.leaves(xs)):
+    options = ScanOptions(as_int(length), reverse, unroll, chunk, remat, method)
+    if not options.is_hashable or any(getattr(x, "ndim", 0) == 0 for x in jax.tree.leaves(xs)):
         return _scan(f, options, (init, xs))  # `lax.scan` says what is wrong
     return run_compiled("scan", _scan, f, options, (init, xs))
-
-
-class _Options(NamedTuple):
-    """The arguments of `scan` that are fixed when it is traced."""
-
-    length: Any
-    reverse: bool
-    unroll: int | bool
-    chunk: int | str | None
-    remat: bool
-    method: str
 
 
 class Split(NamedTuple):
@@ -134,28 +122,9 @@ class Way(NamedTuple):
     remat: bool
 
 
-def _scan(f: Body, options: _Options, operands: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+def _scan(f: Body, options: ScanOptions, operands: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
     init, xs = operands
-    length, reverse, unroll, chunk, remat, method = options
-    return scan_along(
-        f, init, xs, 0, length, reverse, unroll, chunk=chunk, remat=remat, method=method
-    )
-
-
-def _is_hashable(options: _Options) -> bool:
-    try:
-        hash(options)
-    except TypeError:
-        return False
-    return True
-
-
-def as_int(length: Any) -> Any:
-    """A length as a Python number, if it is a whole one."""
-    try:
-        return operator.index(length)
-    except TypeError:
-        return int(length) if isinstance(length, float) and length.is_integer() else length
+    return scan_along(f, init, xs, 0, 0, **options._asdict())
 
 
 def scan_along(
@@ -163,43 +132,49 @@ def scan_along(
     init: PyTree,
     xs: PyTree,
     axes: PyTree,
+    ys_axis: int,
     length: int | None = None,
-    reverse: bool = False,
-    unroll: int | bool = 1,
-    *,
-    chunk: int | str | None,
-    remat: bool,
-    method: str,
+    **options: Any,
 ) -> tuple[PyTree, PyTree]:
     """`scan`, with time of xs on the axes that `axes` tells for each leaf, or for whole subtrees.
 
     Blocks are cut from xs as they lie in memory; time is brought to the first axis block by block.
+    Time of ys is on `ys_axis`. On a CPU their rows are written there.
     """
+    given = ScanOptions(length=length, **options)
+    (carry, ys), axis = _scan_along(f, init, xs, axes, ys_axis, given)
+    return carry, jax.tree.map(lambda y: jnp.moveaxis(y, axis, ys_axis), ys)
+
+
+def _scan_along(
+    f: Body, init: PyTree, xs: PyTree, axes: PyTree, ys_axis: int, options: ScanOptions
+) -> tuple[tuple[PyTree, PyTree], int]:
+    """As `scan_along`, but tells on which axis time of ys is; this may be the first."""
+    length, reverse, unroll, chunk, remat, method = options
     lying, tree = jax.tree.flatten(xs)
     axes = jax.tree.leaves(jax.tree.map(lambda a, x: [a] * len(jax.tree.leaves(x)), axes, xs))
     xs = jax.tree.unflatten(tree, map(time_first, lying, axes))
     time = time_of(xs, length)
     if time is None or not callable(f):
         # Symbolic, and then it cannot be unrolled in groups; or a mistake that it complains about.
-        return lax.scan(f, init, xs, length, reverse)
+        return lax.scan(f, init, xs, length, reverse), 0
     if time < 1 or (method == "lax" and not remat) or is_jit_disabled():
-        return lax.scan(f, init, xs, length, reverse, unroll)
+        return lax.scan(f, init, xs, length, reverse, unroll), 0
+    options = options._replace(length=time)
     body = trace_body(f, init, xs, method)
     if not isinstance(body, str):
         traced, first, _ = body
 
         def again(f: Body, init: PyTree, xs: PyTree, axes: PyTree) -> Any:
-            return scan_along(
-                f, init, xs, axes, time, reverse, unroll, chunk=chunk, remat=remat, method=method
-            )
+            return scan_along(f, init, xs, axes, 0, **options._asdict())
 
         is_kernel = functools.partial(_is_kernel, body, method, time, chunk)
         outs = scan_samples(traced.program, traced.consts, first, lying, axes, is_kernel, again)
         if outs is not None:
-            return _as_traced(outs, traced)
+            return _as_traced(outs, traced), 0
     split = body if isinstance(body, str) else split_body(*body, method, time, chunk)
     if isinstance(split, str) and (not remat or has_effects(f, init, xs)):
-        return lax.scan(f, init, xs, length, reverse, unroll)
+        return lax.scan(f, init, xs, length, reverse, unroll), 0
 
     if isinstance(body, str) or isinstance(split, str):
         block, steps = block_length(chunk, remat, time, None), Steps(time, reverse, unroll)
@@ -207,13 +182,14 @@ def scan_along(
         def run_plainly(carry: PyTree, xs: PyTree, steps: Steps) -> tuple[PyTree, PyTree]:
             return steps.scan(f, carry, xs)
 
-        return over_blocks(run_plainly, init, xs, steps, block, remat)
-    options = _Options(time, reverse, unroll, chunk, remat, method)
-    return _as_traced(_run(split, lying, axes, options), body[0])
+        return over_blocks(run_plainly, init, xs, steps, block, remat), 0
+    axis = ys_axis if is_lone_cpu() else 0
+    ys_axes = [axis] * (len(body[0].program.outvars) - len(split.carry))
+    return _as_traced(_run(split, lying, Axes(axes, ys_axes), options), body[0]), axis
 
 
-def _run(split: Split, xs: list[Array], axes: list[int], options: _Options) -> list[Array]:
-    """The last carry and ys of a split body, flat, with time of xs on `axes`."""
+def _run(split: Split, xs: list[Array], axes: Axes, options: ScanOptions) -> list[Array]:
+    """The last carry and ys of a split body, flat, with time of xs and ys on `axes`."""
     plan, (time, reverse, unroll, chunk, remat, method) = split.plan, options
     block = block_length(chunk, remat, time, plan, split.how)
     steps = steps_of(time, reverse, unroll, chunk, plan, split.how)
@@ -223,7 +199,8 @@ def _run(split: Split, xs: list[Array], axes: list[int], options: _Options) -> l
 
     def run_whole(consts: list[Any], carry: list[Array], xs: list[Array]) -> Results:
         program, before = split.traced.program, consts[len(consts) - len(split.traced.consts) :]
-        return run_plain(program, before, carry, list(map(time_first, xs, axes)), steps)
+        last, ys = run_plain(program, before, carry, list(map(time_first, xs, axes.xs)), steps)
+        return last, [jnp.moveaxis(y, 0, axis) for y, axis in zip(ys, axes.ys, strict=True)]
 
     way = Way(steps, block, remat)
     results: Callable[..., Results] = functools.partial(run, way)
@@ -374,27 +351,3 @@ def _is_kernel(
     except ValueError:
         return False
     return not isinstance(split, str) and split.how == "fused"
-
-
-def check_options(chunk: Any, remat: Any, method: Any) -> None:
-    """Raises the ValueError that a wrong option of the engine deserves."""
-    is_count = isinstance(chunk, int) and not isinstance(chunk, bool) and chunk >= 1
-    is_auto = isinstance(chunk, str) and chunk == "auto"
-    if not (chunk is None or is_auto or is_count):
-        raise ValueError(
-            f"chunk is {chunk!r}; expected 'auto', None, or a number of timesteps n >= 1."
-        )
-    if not isinstance(remat, bool):
-        raise ValueError(f"remat is {remat!r}; expected True or False.")
-    if not isinstance(method, str) or method not in METHODS:
-        raise ValueError(f"method is {method!r}; expected one of {', '.join(map(repr, METHODS))}.")
-
-
-def time_of(xs: PyTree, length: Any) -> int | None:
-    """The number of timesteps; None where it is symbolic or for `lax.scan` to complain about."""
-    leaves = jax.tree.leaves(xs)
-    if any(jnp.ndim(x) == 0 for x in leaves):
-        return None
-    times = {x.shape[0] for x in leaves} | ({length} if length is not None else set())
-    time = times.pop() if len(times) == 1 else None
-    return time if isinstance(time, int) else None

@@ -11,10 +11,8 @@ from jax import lax
 from jaxrnn._affine import run_affine
 from jaxrnn._algebra import simplify
 from jaxrnn._block import (
-    InPlace,
+    Axes,
     Steps,
-    block_of,
-    one_row,
     over_blocks,
     run_block,
     run_invariant,
@@ -37,7 +35,9 @@ from jaxrnn._jaxpr import (
 )
 from jaxrnn._kernel import Recipe, recipe
 from jaxrnn._passes import shifted, time_first
+from jaxrnn._placement import empty_rows
 from jaxrnn._residuals import Residuals, State, is_moving, only_split
+from jaxrnn._rows import InPlace, Writer, add, adds_in_place, block_of, one_row, row_of
 from jaxrnn._samples_last import in_loops
 
 Array = jax.Array
@@ -59,7 +59,7 @@ class Tangent:
         program: Program,
         primals: Any,
         tangents: Any,
-        axes: Sequence[int],
+        axes: Axes,
         rows: Sequence[Array],
         held: Residuals,
     ):
@@ -69,8 +69,8 @@ class Tangent:
             program: the body.
             primals: its consts, its first carry, its xs.
             tangents: theirs.
-            axes: the axis of time of each of the xs.
-            rows: what the steps made, arrays with a row per step.
+            axes: the axis of time of each of the xs and of each of `rows`.
+            rows: what the steps made, arrays with a row per step, ys first.
             held: what each of `rows` is.
         """
         consts, carry, xs = primals
@@ -98,7 +98,7 @@ class Tangent:
             for i in self.moving_carry
         ]
         self.t_xs = [t_xs[i] for i in self.moving_xs]
-        self.axes, self.t_axes = axes, [axes[i] for i in self.moving_xs]
+        self.axes, self.t_axes = axes, [axes.xs[i] for i in self.moving_xs]
 
     def run(self, steps: Steps, block: int) -> tuple[list[Array], list[Array]]:
         """The tangents of the last carry and of ys, of those among them that have one."""
@@ -112,6 +112,7 @@ class Tangent:
         left = self._left_in_place(plan) if in_place else [False] * len(self.held)
 
         def run_loop(
+            writer: Writer,
             loop: Loop,
             consts: list[Array],
             carry: list[Array],
@@ -120,42 +121,61 @@ class Tangent:
         ) -> tuple[list[Array], list[Array]]:
             if steps.how == "parallel":
                 done = run_affine(loop, consts, carry, rows, steps.length, steps.reverse)
-                return done or _run_loop(loop, linear, consts, carry, rows, steps)
+                return done or _run_loop(writer, loop, linear, consts, carry, rows, steps)
             how = self._as_kernel(loop, linear, steps)
             if how is not None:
                 moving = frozenset(i for i, v in enumerate(loop.xs) if v in linear)
                 return run_fused(how, consts, carry, rows, steps.length, steps.reverse, moving)
 
-            return _run_loop(loop, linear, consts, carry, rows, steps)
+            return _run_loop(writer, loop, linear, consts, carry, rows, steps)
 
         invariant = run_invariant(plan, consts)
 
         t_rows = dict(enumerate(zip(self.t_xs, self.t_axes, strict=True)))
-        sliced = {i: rows for i, rows in t_rows.items() if _adds_in_place(rows[0])}
+        sliced = {i: rows for i, rows in t_rows.items() if adds_in_place(rows[0])}
         blocked = {i: time_first(*rows) for i, rows in t_rows.items() if i not in sliced}
+        outs = plan.body.outvars[plan.carry :]
+        axes = [self.axes.ys[i] for i in self.moving_ys]
 
-        def run(carry: list[Array], x: PyTree, steps: Steps) -> tuple[list[Array], list[Array]]:
+        def run(state: PyTree, x: PyTree, steps: Steps) -> tuple[PyTree, PyTree]:
             # What is only arranged anew is not kept for the gradient beside what it is made of.
             @functools.partial(jax.checkpoint, prevent_cse=False)
             def block(
-                carry: list[Array], t_xs: dict[int, Array], index: Array
-            ) -> tuple[list[Array], list[Array]]:
-                t_xs = t_xs | {i: block_of(*rows, index, steps) for i, rows in sliced.items()}
+                carry: list[Array],
+                whole: list[Array | None],
+                t_xs: dict[int, Array],
+                index: Array,
+            ) -> tuple[PyTree, PyTree]:
+                t_xs = t_xs | {i: block_of(*rows, index) for i, rows in sliced.items()}
                 xs = [*(t_xs[i] for i in sorted(t_xs)), *self._known(index, steps, left)]
-                return run_block(plan, invariant, carry, xs, steps, run_loop)
+                writer = Writer(outs, whole, axes, index, add)
+                of_loops = functools.partial(run_loop, writer)
+                carry, ys = run_block(plan, invariant, carry, xs, steps, of_loops)
+                writer.put_missing(ys)
+                stacked = [y if w is None else None for y, w in zip(ys, whole, strict=True)]
+                return (carry, writer.whole), stacked
 
-            return block(carry, *x)
+            return block(*state, *x)
 
+        # What is not first in time is read where it lies by the transpose, as are t_xs sliced.
+        whole = [
+            empty_rows(v.aval, steps.length, axis, 0) if axis and adds_in_place(v.aval) else None
+            for v, axis in zip(outs, axes, strict=True)
+        ]
         rows = (blocked, jnp.arange(steps.length))
-        return over_blocks(run, self.t_carry, rows, steps, block, False)
+        (last, whole), ys = over_blocks(run, (self.t_carry, whole), rows, steps, block, False)
+        return last, [
+            jnp.moveaxis(y, 0, axis) if w is None else w
+            for y, w, axis in zip(ys, whole, axes, strict=True)
+        ]
 
     def _split(self, in_place: bool) -> tuple[Plan, list[Array], set[Var]]:
         """The tangent of one step after fission, its consts, and which variables are tangents."""
         consts = [*self.consts, *self.t_consts]
-        values = [self.rows[i][0] for i in self.kept.values()]
+        values = [row_of(self.rows[i], self.axes.ys[i], 0) for i in self.kept.values()]
         t_xs, xs = (
-            [rows[0] for rows in map(time_first, *group)]
-            for group in ((self.t_xs, self.t_axes), (self.xs, self.axes))
+            [row_of(rows, axis, 0) for rows, axis in zip(*group, strict=True)]
+            for group in ((self.t_xs, self.t_axes), (self.xs, self.axes.xs))
         )
         example = [*consts, *self.t_carry, *t_xs, *xs, *self.carry, *values]
         traced = trace(self._step, *example)
@@ -202,20 +222,22 @@ class Tangent:
         All rows are cut but once. So their cotangent is added in place to that of all steps, and is
         not a sum of arrays of that size, one for each block.
         """
-        xs = [block_of(x, axis, index, steps) for x, axis in zip(self.xs, self.axes, strict=True)]
+        xs = [block_of(x, axis, index) for x, axis in zip(self.xs, self.axes.xs, strict=True)]
+        axes = self.axes.ys
         around = {
-            i: _around(self.rows[state.rows], self.carry[i], index, steps)
+            i: _around(self.rows[state.rows], axes[state.rows], self.carry[i], index, steps)
             for i, state in enumerate(self.held)
             if state.late
         }
         after = {self.held[i].rows: rows for i, (_, rows) in around.items()}
         for place in {state.rows for state in self.held}.difference(after):
-            after[place] = block_of(self.rows[place], 0, index, steps)
+            after[place] = block_of(self.rows[place], axes[place], index)
         kept: list[Any] = []
         for i, (state, in_place) in enumerate(zip(self.held, left, strict=True)):
             whole, rows = self.rows[state.rows], after[state.rows]
-            if in_place and steps.length < len(whole):
-                kept.append(_Left(InPlace(whole, index), rows))
+            axis = axes[state.rows]
+            if in_place and steps.length < whole.shape[axis]:
+                kept.append(_Left(InPlace(whole, index, axis), rows))
             else:
                 kept.append(around[i][0] if state.late else rows)
         return [*xs, *kept]
@@ -272,6 +294,7 @@ class Tangent:
 
 
 def _run_loop(
+    writer: Writer,
     loop: Loop,
     linear: set[Var],
     consts: Sequence[Array],
@@ -279,7 +302,10 @@ def _run_loop(
     rows: Sequence[Array | _Left],
     steps: Steps,
 ) -> tuple[list[Array], list[Array]]:
-    """Runs a loop of a tangent, the variables `linear` of which are tangents."""
+    """Runs a loop of a tangent, the variables `linear` of which are tangents.
+
+    Rows of what its caller wants on another axis than the first are put there step by step.
+    """
     given = [(row.in_place.indices, row.rows) if isinstance(row, _Left) else row for row in rows]
     # Transposition wants the linear inputs first.
     order = sorted(range(len(rows)), key=lambda i: loop.xs[i] not in linear)
@@ -290,7 +316,7 @@ def _run_loop(
         return outs[: len(carry)], outs[len(carry) :]
 
     step = jax.checkpoint(step, prevent_cse=False)
-    return steps.scan(step, carry, [given[i] for i in order])
+    return writer.scan(loop, step, carry, [given[i] for i in order], steps.scan)
 
 
 def _row(rows: Array | _Left, given: Any) -> Array:
@@ -315,28 +341,23 @@ def _with_slope_jvp(slope: Slope, primals: Any, tangents: Any) -> Any:
     return primals[0], slope(primals[0], tangents[1])
 
 
-def _adds_in_place(rows: Array) -> bool:
-    """Whether the cotangent of a block is added to that of all `rows` in place.
-
-    The transpose of a slice is a sum with zeros around it, of which XLA makes an update of the
-    slice alone; not so for dtypes that it converts to a wider one first.
-    """
-    return rows.dtype in (jnp.float32, jnp.float64)
-
-
-def _around(rows: Array, first: Array, index: Array, steps: Steps) -> tuple[Array, Array]:
+def _around(
+    rows: Array, axis: int, first: Array, index: Array, steps: Steps
+) -> tuple[Array, Array]:
     """A carry before and after each step of a block, from the `first` and all that came after."""
-    time, length, reverse = len(rows), len(index), steps.reverse
+    time, length, reverse = rows.shape[axis], len(index), steps.reverse
     if length == time:
+        rows = time_first(rows, axis)
         return shifted(rows, first, reverse), rows
-    block = block_of(rows, 0, index, steps)
+    block = block_of(rows, axis, index)
     previous = index[-1] + 1 if reverse else index[0] - 1
     is_first = (previous < 0) | (previous == time)
-    edge = jnp.where(is_first, first, rows[previous])
+    edge = jnp.where(is_first, first, row_of(rows, axis, previous))
     # Rows and edge are one slice in what is differentiated. It takes a selection, which XLA does
     # not make as fast.
     start = jnp.clip(index[0] - (0 if reverse else 1), 0, time - length - 1)
-    cut = lax.dynamic_slice_in_dim(rows, start, length + 1, allow_negative_indices=False)
+    cut = lax.dynamic_slice_in_dim(rows, start, length + 1, axis, allow_negative_indices=False)
+    cut = time_first(cut, axis)
     cut = jnp.where(is_first, shifted(cut, first, reverse), cut)
     before, after = (cut[1:], cut[:-1]) if reverse else (cut[:-1], cut[1:])
     earlier = shifted(block, edge, reverse)

@@ -17,7 +17,7 @@ import hypothesis
 import jax
 import pytest
 
-from jaxrnn import _samples_last
+from jaxrnn import _placement, _samples_last
 
 # Has no effect on tests that use one device. Must come before the first JAX operation.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -29,7 +29,11 @@ hypothesis.settings.load_profile("reproducible")
 
 @pytest.fixture(autouse=True)
 def _one_device(request, monkeypatch):
-    """The engine decides as it does on one device, except in tests marked `several_devices`."""
+    """The engine decides as it does on one device, except in tests marked `several_devices`.
+
+    And as on the same kind of CPU everywhere.
+    """
+    monkeypatch.setattr(_placement, "has_wide_vectors", lambda: False)
     if "several_devices" not in request.keywords:
         monkeypatch.setattr(jax, "device_count", lambda: 1)
 
