@@ -318,8 +318,10 @@ def _run_whole(
     writer = Writer(outs, whole, axes, jnp.arange(steps.length))
     run_loop = functools.partial(_run_loop, writer)
     carry, ys = run_block(plan, invariant, carry, rows, steps, run_loop)
-    writer.put_missing(ys)
-    return carry, [y if rows is None else rows for y, rows in zip(ys, writer.whole, strict=True)]
+    return carry, [
+        jnp.moveaxis(y, 0, axis) if written is None or place in writer.missing else written
+        for place, (y, axis, written) in enumerate(zip(ys, axes, writer.whole, strict=True))
+    ]
 
 
 def _run_loop(

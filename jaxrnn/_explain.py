@@ -18,7 +18,7 @@ from jaxrnn._checkpoints import not_to_be_kept
 from jaxrnn._choice import block_length, results_block, steps_of
 from jaxrnn._gains import only_for_gradients
 from jaxrnn._jaxpr import Equation, Program, Traced
-from jaxrnn._options import as_int, check_options, time_of
+from jaxrnn._options import ScanOptions, as_int, check_options, time_of
 from jaxrnn._passes import time_first
 from jaxrnn._primitives import cond_p, scan_p
 from jaxrnn._recurrence import run_split
@@ -66,14 +66,19 @@ def explain(
     lines: list[str] = []
 
     def listen(
-        body: Body, init: PyTree, xs: PyTree, axes: Sequence[int], ys_axis: int, **options: Any
+        body: Body,
+        init: PyTree,
+        xs: PyTree,
+        axes: Sequence[int],
+        ys_axis: int,
+        options: ScanOptions,
     ) -> Any:
         xs = tuple(
             jax.tree.map(functools.partial(time_first, axis=axis), part)
             for part, axis in zip(xs, axes, strict=True)
         )
         time = jax.tree.leaves(xs)[0].shape[0]
-        lines.extend(_report(body, init, xs, time, **options))
+        lines.extend(_report(body, init, xs, options._replace(length=time)))
         carry, ys = lax.scan(body, init, xs)
         return carry, jax.tree.map(lambda y: jnp.moveaxis(y, 0, ys_axis), ys)
 
@@ -114,7 +119,7 @@ def explain_scan(f: Body, init: PyTree, *args: Any, **kwargs: Any) -> str:
         steps = 1 if time_of(xs, as_int(length)) is None else unroll
         results = lax.scan(f, init, xs, length, reverse, steps)  # here, too
         time = leaves[0].shape[0] if leaves else as_int(length)
-        lines.extend(_report(f, init, xs, time, reverse=reverse, unroll=unroll, **given.kwargs))
+        lines.extend(_report(f, init, xs, ScanOptions(time, reverse, unroll, **given.kwargs)))
         return results
 
     jax.eval_shape(listen, init, xs)
@@ -128,18 +133,8 @@ def _arguments_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Bo
     return given
 
 
-def _report(
-    body: Body,
-    init: PyTree,
-    xs: PyTree,
-    time: Any,
-    *,
-    reverse: bool,
-    unroll: int | bool,
-    chunk: int | str | None,
-    remat: bool,
-    method: str,
-) -> list[str]:
+def _report(body: Body, init: PyTree, xs: PyTree, options: ScanOptions) -> list[str]:
+    time, reverse, unroll, chunk, remat, method = options
     if not isinstance(time, int):
         return _plain(time, "", "the time axis is symbolic")
     if not time:

@@ -12,7 +12,7 @@ from jaxrnn import _arguments, _masking
 from jaxrnn._arguments import Operands, Options, Step
 from jaxrnn._eager import is_jit_disabled, run_compiled
 from jaxrnn._jaxpr import Equation, inner_equations
-from jaxrnn._options import check_options
+from jaxrnn._options import ScanOptions, check_options
 from jaxrnn._passes import time_first
 from jaxrnn._placement import placed_as, zeros_of
 from jaxrnn._primitives import INLINED, SMOOTH, split_p
@@ -221,11 +221,14 @@ def run(
         (lying, valid, reset),
         (axis, 0, 0),
         axis,
-        reverse=options.go_backwards,
-        unroll=options.unroll,
-        chunk=chunk,
-        remat=options.remat,
-        method=options.method,
+        ScanOptions(
+            length=None,
+            reverse=options.go_backwards,
+            unroll=options.unroll,
+            chunk=chunk,
+            remat=options.remat,
+            method=options.method,
+        ),
     )
     remembered = None
     if hold:

@@ -124,25 +124,18 @@ class Way(NamedTuple):
 
 def _scan(f: Body, options: ScanOptions, operands: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
     init, xs = operands
-    return scan_along(f, init, xs, 0, 0, **options._asdict())
+    return scan_along(f, init, xs, 0, 0, options)
 
 
 def scan_along(
-    f: Body,
-    init: PyTree,
-    xs: PyTree,
-    axes: PyTree,
-    ys_axis: int,
-    length: int | None = None,
-    **options: Any,
+    f: Body, init: PyTree, xs: PyTree, axes: PyTree, ys_axis: int, options: ScanOptions
 ) -> tuple[PyTree, PyTree]:
     """`scan`, with time of xs on the axes that `axes` tells for each leaf, or for whole subtrees.
 
     Blocks are cut from xs as they lie in memory; time is brought to the first axis block by block.
     Time of ys is on `ys_axis`. On a CPU their rows are written there.
     """
-    given = ScanOptions(length=length, **options)
-    (carry, ys), axis = _scan_along(f, init, xs, axes, ys_axis, given)
+    (carry, ys), axis = _scan_along(f, init, xs, axes, ys_axis, options)
     return carry, jax.tree.map(lambda y: jnp.moveaxis(y, axis, ys_axis), ys)
 
 
@@ -166,7 +159,7 @@ def _scan_along(
         traced, first, _ = body
 
         def again(f: Body, init: PyTree, xs: PyTree, axes: PyTree) -> Any:
-            return scan_along(f, init, xs, axes, 0, **options._asdict())
+            return scan_along(f, init, xs, axes, 0, options)
 
         is_kernel = functools.partial(_is_kernel, body, method, time, chunk)
         outs = scan_samples(traced.program, traced.consts, first, lying, axes, is_kernel, again)
