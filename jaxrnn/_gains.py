@@ -81,14 +81,17 @@ def _gains(equation: Equation, plan: Plan, time: int) -> bool:
 
     Measured on a CPU: a product of 128 rows with a small matrix is as fast in a loop, and one of 32
     rows beside the loop's own, up to larger matrices if both cores do not gain; so is a convolution
-    of up to 2**18 multiplications. Sums of 2 to 48 terms take less time than their results to be
-    written and read again; of one term and with several rows XLA is slow at them. If products stand
-    in several loops, as in layers written as one step, it takes two rows and the matrix may be
-    large: a second loop costs what the moved products save. A factorisation gains if there are
-    several at each step. What is taken out of a product of a concatenation leaves one behind that
-    takes almost as long (0.66 to 1.07 times as fast), unless it is most of it; or one row and at
-    most 1 MiB of weights. Random bits gain twice as much where each operation of a loop is called;
-    where the loop is one kernel, fewer than 2**12 numbers in all were 0.6 to 1.3 times as fast.
+    of up to 2**18 multiplications. Matrices of more than 2**16 numbers XLA shares out among cores
+    in a loop, too: without gates, which take longer in the loop than their product's rows to be
+    written and read, steps of 32 rows and more were 0.74 to 1.09 times as fast by passes. Sums of 2
+    to 48 terms take less time than their results to be written and read again; of one term and with
+    several rows XLA is slow at them. If products stand in several loops, as in layers written as
+    one step, it takes two rows and the matrix may be large: a second loop costs what the moved
+    products save. A factorisation gains if there are several at each step. What is taken out of a
+    product of a concatenation leaves one behind that takes almost as long (0.66 to 1.07 times as
+    fast), unless it is most of it; or one row and at most 1 MiB of weights. Random bits gain twice
+    as much where each operation of a loop is called; where the loop is one kernel, fewer than 2**12
+    numbers in all were 0.6 to 1.3 times as fast.
     """
     if equation.primitive in RANDOM:
         return not LOOPS_ARE_KERNELS or time * size(equation.outvars[0]) >= 1 << 12
@@ -106,7 +109,14 @@ def _gains(equation: Equation, plan: Plan, time: int) -> bool:
     held = sum(any(map(multiply_adds, loop.program.equations)) for loop in plan.loops)
     beside = 1 << 13 if count >= MANY_TERMS or work > 1 << 21 else 1 << 15
     rows, small = {0: (128, 1 << 13), 1: (32, beside)}.get(held, (2, math.inf))
-    return not work or work < rows * weights or weights > small
+    large = math.inf if held != 1 or _makes_gates(plan) else 1 << 16
+    return not work or work < rows * weights or small < weights <= large
+
+
+def _makes_gates(plan: Plan) -> bool:
+    """Whether a product in a loop makes more numbers for each row than it is the sum of."""
+    products = filter(multiply_adds, plan.in_loops)
+    return any(_weights(e, plan) > terms(e) ** 2 for e in products)
 
 
 def _weights(equation: Equation, plan: Plan) -> int:

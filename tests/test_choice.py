@@ -90,6 +90,33 @@ def test_results_of_many_rows_come_from_the_plain_loop_and_gradients_do_not():
 
 
 @pytest.mark.parametrize(
+    ("samples", "features", "gates", "held"),
+    [(33, 257, 1, [2]), (33, 256, 1, [1]), (16, 257, 1, [1]), (33, 257, 2, [1])],
+)
+def test_results_of_a_large_product_without_gates_come_from_the_plain_loop(
+    samples, features, gates, held
+):
+    """In a loop as outside of it all cores make a product with more than 2**16 numbers."""
+    w, u, x = (
+        jnp.ones(shape)
+        for shape in [(features, gates * 256), (256, gates * 256), (16, samples, features)]
+    )
+
+    def run(w, u, x):
+        def body(h, x):
+            h = sum(jnp.split(jnp.tanh(x @ w + h @ u), gates, axis=-1))
+            return h, h
+
+        return jaxrnn.scan(body, jnp.zeros((samples, 256)), x)
+
+    def gradient(*operands):
+        return jax.grad(lambda *o: scalar_of(run(*o)), (0, 1, 2))(*operands)
+
+    assert products_in_innermost_loops(jax.make_jaxpr(run)(w, u, x)) == held
+    assert products_in_innermost_loops(jax.make_jaxpr(gradient)(w, u, x)) == [1, 1]
+
+
+@pytest.mark.parametrize(
     ("samples", "time", "held"), [(1, 24, [2]), (2, 24, [1]), (2, 8, [2]), (1, 512, [1])]
 )
 def test_results_of_little_work_come_from_the_plain_loop_and_gradients_do_not(samples, time, held):

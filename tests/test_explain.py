@@ -341,7 +341,8 @@ def test_what_comes_from_plain_lax_scan_without_a_gradient():
     assert aside in report(32)
     assert aside not in report(31)
     assert [aside in report(2, steps=n) for n in (15, 16)] == [True, False]
-    assert aside not in report(128, units=1024, features=256)
+    assert aside in report(128, units=1024, features=256)
+    assert aside not in report(31, units=1024, features=256)
     assert aside not in report(128, method="sequential")
     assert (aside in layers(1), aside in layers(2)) == (False, True)
     assert [aside in report(8, features=n) for n in (1, 2, 63, 64)] == [False, True, True, False]
