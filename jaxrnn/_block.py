@@ -15,7 +15,7 @@ from jaxrnn._fission import How, Loop, Plan
 from jaxrnn._fused import run_fused
 from jaxrnn._jaxpr import Atom, Literal, Program, read, variables
 from jaxrnn._kernel import recipe
-from jaxrnn._passes import run_rows, time_first
+from jaxrnn._passes import run_rows, time_first, time_on
 from jaxrnn._placement import empty_rows
 from jaxrnn._rows import InPlace, Writer, block_of, given_rows, one_row
 
@@ -59,6 +59,11 @@ class Axes(NamedTuple):
 
     xs: Sequence[int]
     ys: Sequence[int]
+
+    @classmethod
+    def first(cls, xs: int, ys: int) -> "Axes":
+        """Time on the first axis of so many xs and ys."""
+        return cls([0] * xs, [0] * ys)
 
 
 RunLoop = Callable[
@@ -319,7 +324,7 @@ def _run_whole(
     run_loop = functools.partial(_run_loop, writer)
     carry, ys = run_block(plan, invariant, carry, rows, steps, run_loop)
     return carry, [
-        jnp.moveaxis(y, 0, axis) if written is None or place in writer.missing else written
+        time_on(y, axis) if written is None or place in writer.missing else written
         for place, (y, axis, written) in enumerate(zip(ys, axes, writer.whole, strict=True))
     ]
 

@@ -19,7 +19,7 @@ from jaxrnn._choice import block_length, results_block, steps_of
 from jaxrnn._gains import only_for_gradients
 from jaxrnn._jaxpr import Equation, Program, Traced
 from jaxrnn._options import ScanOptions, as_int, check_options, time_of
-from jaxrnn._passes import time_first
+from jaxrnn._passes import time_first, time_on
 from jaxrnn._primitives import cond_p, scan_p
 from jaxrnn._recurrence import run_split
 from jaxrnn._samples_last import in_one_loop
@@ -80,7 +80,7 @@ def explain(
         time = jax.tree.leaves(xs)[0].shape[0]
         lines.extend(_report(body, init, xs, options._replace(length=time)))
         carry, ys = lax.scan(body, init, xs)
-        return carry, jax.tree.map(lambda y: jnp.moveaxis(y, 0, ys_axis), ys)
+        return carry, jax.tree.map(functools.partial(time_on, axis=ys_axis), ys)
 
     given = _arguments_of(_rnn.rnn, step_function, inputs, initial_states, *args, **kwargs)
     settings, operands = _rnn.prepare(*given.args, **given.kwargs)
@@ -220,7 +220,7 @@ def _kept_bytes(traced: Traced, split: Split, xs: PyTree, way: Way) -> tuple[int
 
     def ours(consts: Sequence[Array], carry: list[Array], rows: list[Array]) -> PyTree:
         ys = len(split.plan.body.outvars) - len(carry)
-        return run_split(split.plan, consts, carry, rows, Axes([0] * len(rows), [0] * ys), *way)
+        return run_split(split.plan, consts, carry, rows, Axes.first(len(rows), ys), *way)
 
     def theirs(consts: Sequence[Array], carry: list[Array], rows: list[Array]) -> PyTree:
         return run_plain(traced.program, consts, carry, rows, way.steps)

@@ -42,7 +42,7 @@ from jaxrnn._jaxpr import (
     trace,
     variables,
 )
-from jaxrnn._passes import time_first
+from jaxrnn._passes import time_first, time_on
 from jaxrnn._residuals import is_moving, residuals, symbolic_zero
 from jaxrnn._rows import row_of
 from jaxrnn._samples_last import in_one_loop
@@ -74,13 +74,13 @@ def run_split(
     def run(carry: list[Array], xs: list[Array], steps: Steps) -> tuple[list[Array], list[Array]]:
         if hidden:
             return run_block(plan, invariant, carry, xs, steps, _run_loop)
-        first = Axes([0] * len(xs), [0] * len(axes.ys))
+        first = Axes.first(len(xs), len(axes.ys))
         return _run(program, values, carry, xs, first, steps, steps.length)
 
     if hidden or remat:
         rows = list(map(time_first, xs, axes.xs))
         last, ys = over_blocks(run, list(carry), rows, steps, block, remat)
-        return last, [jnp.moveaxis(y, 0, axis) for y, axis in zip(ys, axes.ys, strict=True)]
+        return last, list(map(time_on, ys, axes.ys))
     return _run(program, values, carry, xs, axes, steps, block)
 
 
@@ -134,7 +134,7 @@ def _run_loop(
     """
     if steps.how != "parallel" and any(map(hides_product, loop.program.equations)):
         return run_plain(loop.program, consts, carry, xs, steps)
-    first = Axes([0] * len(xs), [0] * len(loop.ys))
+    first = Axes.first(len(xs), len(loop.ys))
     return _run(loop.program, consts, carry, xs, first, steps, steps.length)
 
 

@@ -9,7 +9,7 @@ from jax import lax
 
 from jaxrnn._fission import Loop
 from jaxrnn._jaxpr import Atom
-from jaxrnn._passes import time_first
+from jaxrnn._passes import time_first, time_on
 from jaxrnn._placement import placed_as
 
 Array = jax.Array
@@ -131,6 +131,4 @@ class Writer:
         for place in self.missing:
             axis, whole = self.axes[place], self.whole[place]
             assert whole is not None, "what is missing is to be put"
-            self.whole[place] = self.put(
-                whole, jnp.moveaxis(ys[place], 0, axis), self.index[0], axis
-            )
+            self.whole[place] = self.put(whole, time_on(ys[place], axis), self.index[0], axis)

@@ -38,7 +38,7 @@ from jaxrnn._jaxpr import (
     weak_as,
 )
 from jaxrnn._options import ScanOptions, as_int, check_options, time_of
-from jaxrnn._passes import time_first
+from jaxrnn._passes import time_first, time_on
 from jaxrnn._placement import is_lone_cpu
 from jaxrnn._recurrence import Results, run_split, run_with_derivative_of
 from jaxrnn._samples_last import in_one_loop
@@ -193,7 +193,7 @@ def _run(split: Split, xs: list[Array], axes: Axes, options: ScanOptions) -> lis
     def run_whole(consts: list[Any], carry: list[Array], xs: list[Array]) -> Results:
         program, before = split.traced.program, consts[len(consts) - len(split.traced.consts) :]
         last, ys = run_plain(program, before, carry, list(map(time_first, xs, axes.xs)), steps)
-        return last, [jnp.moveaxis(y, 0, axis) for y, axis in zip(ys, axes.ys, strict=True)]
+        return last, list(map(time_on, ys, axes.ys))
 
     way = Way(steps, block, remat)
     results: Callable[..., Results] = functools.partial(run, way)

@@ -34,7 +34,7 @@ from jaxrnn._jaxpr import (
     variables,
 )
 from jaxrnn._kernel import Recipe, recipe
-from jaxrnn._passes import shifted, time_first
+from jaxrnn._passes import shifted, time_first, time_on
 from jaxrnn._placement import empty_rows
 from jaxrnn._residuals import Residuals, State, is_moving, only_split
 from jaxrnn._rows import InPlace, Writer, add, adds_in_place, block_of, one_row, row_of
@@ -165,8 +165,7 @@ class Tangent:
         rows = (blocked, jnp.arange(steps.length))
         (last, whole), ys = over_blocks(run, (self.t_carry, whole), rows, steps, block, False)
         return last, [
-            jnp.moveaxis(y, 0, axis) if w is None else w
-            for y, w, axis in zip(ys, whole, axes, strict=True)
+            time_on(y, axis) if w is None else w for y, w, axis in zip(ys, whole, axes, strict=True)
         ]
 
     def _split(self, in_place: bool) -> tuple[Plan, list[Array], set[Var]]:

@@ -89,6 +89,23 @@ def test_results_of_many_rows_come_from_the_plain_loop_and_gradients_do_not():
         )
 
 
+def products_of_elman(w, u, x, gates=1):
+    """The products in the innermost loops of results, and of their gradient."""
+
+    def run(w, u, x):
+        def body(h, x):
+            h = sum(jnp.split(jnp.tanh(x @ w + h @ u), gates, axis=-1))
+            return h, h
+
+        return jaxrnn.scan(body, jnp.zeros((x.shape[1], len(u))), x)
+
+    def gradient(*operands):
+        return jax.grad(lambda *o: scalar_of(run(*o)), (0, 1, 2))(*operands)
+
+    results, slopes = (jax.make_jaxpr(function)(w, u, x) for function in (run, gradient))
+    return products_in_innermost_loops(results), products_in_innermost_loops(slopes)
+
+
 @pytest.mark.parametrize(
     ("samples", "features", "gates", "held"),
     [(33, 257, 1, [2]), (33, 256, 1, [1]), (16, 257, 1, [1]), (33, 257, 2, [1])],
@@ -102,18 +119,7 @@ def test_results_of_a_large_product_without_gates_come_from_the_plain_loop(
         for shape in [(features, gates * 256), (256, gates * 256), (16, samples, features)]
     )
 
-    def run(w, u, x):
-        def body(h, x):
-            h = sum(jnp.split(jnp.tanh(x @ w + h @ u), gates, axis=-1))
-            return h, h
-
-        return jaxrnn.scan(body, jnp.zeros((samples, 256)), x)
-
-    def gradient(*operands):
-        return jax.grad(lambda *o: scalar_of(run(*o)), (0, 1, 2))(*operands)
-
-    assert products_in_innermost_loops(jax.make_jaxpr(run)(w, u, x)) == held
-    assert products_in_innermost_loops(jax.make_jaxpr(gradient)(w, u, x)) == [1, 1]
+    assert products_of_elman(w, u, x, gates) == (held, [1, 1])
 
 
 @pytest.mark.parametrize(
@@ -123,18 +129,7 @@ def test_results_of_little_work_come_from_the_plain_loop_and_gradients_do_not(sa
     """What leaves the loop makes 2048 multiply-adds for each sample and step."""
     w, u, x = (jnp.ones(shape) for shape in [(64, 32), (32, 32), (time, samples, 64)])
 
-    def run(w, u, x):
-        def body(h, x):
-            h = jnp.tanh(x @ w + h @ u)
-            return h, h
-
-        return jaxrnn.scan(body, jnp.zeros((samples, 32)), x)
-
-    def gradient(*operands):
-        return jax.grad(lambda *o: scalar_of(run(*o)), (0, 1, 2))(*operands)
-
-    assert products_in_innermost_loops(jax.make_jaxpr(run)(w, u, x)) == held
-    assert products_in_innermost_loops(jax.make_jaxpr(gradient)(w, u, x)) == [1, 1]
+    assert products_of_elman(w, u, x) == (held, [1, 1])
 
 
 @pytest.mark.parametrize(
