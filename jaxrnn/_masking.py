@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxrnn._placement import samples_placed_as
+
 Array = jax.Array
 PyTree = Any
 
@@ -103,4 +105,5 @@ def _ramp(shape: tuple[int, ...]) -> Array:
 
 def _align(condition: Array, leaf: Array) -> Array:
     """`[B]` -> `[B, 1, ...]`, to broadcast against `leaf`."""
+    condition = samples_placed_as(condition, jax.typeof(leaf))
     return condition.reshape(condition.shape + (1,) * (leaf.ndim - 1))

@@ -80,16 +80,32 @@ def varying_as(value: Array, like: Any) -> Array:
 
 def placed_as(value: Array, like: Any) -> Array:
     """`value`, split and varying over a mesh as an array of type `like` is."""
-    value = varying_as(value, like)
+    return _split_as(varying_as(value, like), explicit_sharding(like))
+
+
+def samples_placed_as(samples: Array, like: Any) -> Array:
+    """`samples`, a number each, split over a mesh as the samples of an array of type `like` are."""
     sharding = explicit_sharding(like)
-    if sharding is None or sharding == jax.typeof(value).sharding:
+    if sharding is None or sharding.spec[0] is None:
+        return _split_as(samples, None)
+    spec = jax.sharding.PartitionSpec(sharding.spec[0])
+    return _split_as(samples, jax.sharding.NamedSharding(sharding.mesh, spec))
+
+
+def _split_as(value: Array, sharding: Any) -> Array:
+    """`value`, split over explicit axes as `sharding` says, or, if that is None, over none."""
+    present = explicit_sharding(jax.typeof(value))
+    if sharding == present:
         return value
+    if sharding is None:
+        sharding = jax.sharding.NamedSharding(present.mesh, jax.sharding.PartitionSpec())
     return jax.sharding.reshard(value, sharding)
 
 
 def zeros_of(like: jax.ShapeDtypeStruct) -> Array:
-    """Zeros that under `shard_map` vary over the mesh as `like` does; `jnp.zeros_like` forgets."""
-    return varying_as(jnp.zeros(like.shape, like.dtype), like)
+    """Zeros that lie on a mesh as `like` does; `jnp.zeros_like` forgets what `shard_map` split."""
+    sharding = explicit_sharding(like)
+    return varying_as(jnp.zeros(like.shape, like.dtype, device=sharding), like)
 
 
 def empty_rows(like: Any, length: int, axis: int, mark: int) -> Array:

@@ -316,7 +316,7 @@ def _initial_output(output_like: _Like, states: PyTree) -> PyTree:
 
     types = output_like.types
     if tree == output_like.tree and all(map(is_like, first, types)):
-        held = list(map(cast, first, types))
+        held = list(map(placed_as, map(cast, first, types), types))
     else:
         held = list(map(zeros_of, types))
     return jax.tree.unflatten(output_like.tree, held)

@@ -131,10 +131,23 @@ def test_vmap_over_an_axis_of_a_mesh(axis):
     assert jax.tree.all(same)
 
 
-@pytest.mark.parametrize("name", ["convolutional", "branches_per_sample"])
-def test_samples_split_over_an_explicit_mesh(name):
-    """What would merge their axis with others, or part with it, stays as it is."""
-    samples, case = 3, BODIES[name]
+@pytest.mark.parametrize(
+    ("name", "alone"),
+    [
+        ("convolutional", False),
+        ("branches_per_sample", False),
+        ("lstm_split", True),
+        ("elman_cell", True),
+    ],
+)
+def test_samples_split_over_an_explicit_mesh(name, alone, monkeypatch):
+    """What would merge their axis with others, or part with it, stays as it is.
+
+    Also where there is no other device, and what is split lies in one piece.
+    """
+    samples, case = 1 if alone else 3, BODIES[name]
+    if alone:
+        monkeypatch.setattr(jax, "device_count", lambda: 1)
     mesh = jax.make_mesh((samples,), ("b",), (AxisType.Explicit,), devices=jax.devices()[:samples])
     consts, init, xs = case.operands()
 

@@ -84,6 +84,42 @@ def test_sharded_jit_keeps_the_batch_sharding_and_loops_apart(axis_type, fresh, 
     assert_same(results, expectation(params, inputs, states))
 
 
+@pytest.mark.parametrize("given", ["mask", "mask of each device", "input_length"])
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"zero_output_for_mask": True, "go_backwards": True}, {"return_all_outputs": False}],
+    ids=["plain", "backwards", "last"],
+)
+def test_what_is_held_is_split_as_outputs_are(flags, given):
+    """Outputs that are unlike the state, of any rank, split or not, over an explicit mesh."""
+    params, inputs, states = problem()
+    mesh = mesh_of(AxisType.Explicit)
+    lengths = np.arange(2 * DEVICES) % (inputs.shape[1] + 1)
+
+    def step(x, states):
+        output, new_states = CASE.make_step(jnp, params)(x, states)
+        samples, width = output.shape[0], states[0].shape[1]
+        whole = jnp.broadcast_to(jnp.arange(1.0, width + 1), (samples, width))
+        return {"part": output[:, 1:], "sum": output.sum(-1), "whole": whole}, new_states
+
+    def run(inputs, states, arrays):
+        options = {given.split()[0]: arrays} | flags
+        return jaxrnn.rnn(step, inputs, states, **options)
+
+    arrays = lengths if given == "input_length" else MASK
+    expected = run(inputs, states, arrays)
+    with jax.set_mesh(mesh):
+        operands = jax.device_put((inputs, states), P("batch"))
+        if given == "mask of each device":
+            arrays = jax.device_put(arrays, P("batch"))
+        actual = jax.jit(run)(*operands, arrays)
+    assert_same(actual, expected)
+    last_output, outputs, _ = actual
+    for output in (last_output, outputs):
+        specs = {name: jax.typeof(leaf).sharding.spec[0] for name, leaf in output.items()}
+        assert specs == {"part": "batch", "sum": "batch", "whole": None}
+
+
 @PATHS
 def test_the_gradient_of_sharded_jit(flags):
     """Over an automatic mesh: over an explicit one JAX 0.12 differentiates no lax.scan either."""
