@@ -123,6 +123,35 @@ def test_results_of_a_large_product_without_gates_come_from_the_plain_loop(
 
 
 @pytest.mark.parametrize(
+    ("samples", "multiplied", "left"), [(33, True, 1), (16, True, 0), (33, False, 0)]
+)
+def test_tokens_are_looked_up_in_the_loop_for_a_product_that_stays_there(samples, multiplied, left):
+    """That of 32 rows and a small matrix, in what makes results alone."""
+    features = 64 if multiplied else 128
+    table, w, u = (jnp.ones(shape) for shape in [(100, features), (features, 128), (128, 128)])
+    tokens = jnp.zeros((16, samples), int)
+
+    def run(scan, table, w, u):
+        def body(h, token):
+            x = table[token]
+            h = jnp.tanh((x @ w if multiplied else x) + h @ u)
+            return h, h
+
+        return scan(body, jnp.zeros((samples, 128)), tokens)
+
+    def gathers(function):
+        program = jax.make_jaxpr(function)(table, w, u)
+        return sum(e.primitive.name == "gather" for e, times in equations(program) if times > 1)
+
+    def gradient(*operands):
+        return jax.grad(lambda *o: scalar_of(run(jaxrnn.scan, *o)), (0, 1, 2))(*operands)
+
+    assert gathers(functools.partial(run, lax.scan)) == 1
+    assert gathers(functools.partial(run, jaxrnn.scan)) == left
+    assert gathers(gradient) == 0
+
+
+@pytest.mark.parametrize(
     ("samples", "time", "held"), [(1, 24, [2]), (2, 24, [1]), (2, 8, [2]), (1, 512, [1])]
 )
 def test_results_of_little_work_come_from_the_plain_loop_and_gradients_do_not(samples, time, held):
