@@ -105,7 +105,8 @@ def _matrix_product(
 
     In the gradient of the matrix all rows are summed over. With several axes of rows XLA first
     transposes an operand, which can take as long as the product; with one axis it need not. On more
-    than one device the axes may be split over them, and then cannot be merged.
+    than one device the axes may be split over them, and then cannot be merged; over a mesh with
+    explicit axes JAX says that they are, be it in one piece.
 
     If the gradient of the matrix is a sum over rows, it is a product of the transpose of the rows
     and of what comes back. XLA on a CPU has a fast product for a transpose that lies ready: of 1024
