@@ -46,7 +46,7 @@ def only_for_gradients(plan: Plan, time: int, chunk: Any, remat: bool, method: s
     if _is_soon_done(plan, time):
         return True
     gaining = [e for e in plan.in_passes if is_heavy(e) and _gains(e, plan, time)]
-    # All else than products gains by itself.
+    # What gains and is no product does so whatever stays in the loop.
     return all(map(multiply_adds, gaining)) and (not gaining or _is_little(plan))
 
 

@@ -102,10 +102,9 @@ def _split_as(value: Array, sharding: Any) -> Array:
     return jax.sharding.reshard(value, sharding)
 
 
-def zeros_of(like: jax.ShapeDtypeStruct) -> Array:
-    """Zeros that lie on a mesh as `like` does; `jnp.zeros_like` forgets what `shard_map` split."""
-    sharding = explicit_sharding(like)
-    return varying_as(jnp.zeros(like.shape, like.dtype, device=sharding), like)
+def zeros_of(like: Any) -> Array:
+    """Zeros of an array type, placed on a mesh as it is; `jnp.zeros_like` forgets `shard_map`."""
+    return varying_as(jnp.zeros(like.shape, like.dtype, device=explicit_sharding(like)), like)
 
 
 def empty_rows(like: Any, length: int, axis: int, mark: int) -> Array:

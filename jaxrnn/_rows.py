@@ -10,7 +10,7 @@ from jax import lax
 from jaxrnn._fission import Loop
 from jaxrnn._jaxpr import Atom
 from jaxrnn._passes import time_first, time_on
-from jaxrnn._placement import placed_as
+from jaxrnn._placement import zeros_of
 
 Array = jax.Array
 PyTree = Any
@@ -62,8 +62,7 @@ def add(whole: Array, rows: Array, start: Array, axis: int) -> Array:
 
     That of `write` would set them to zero behind itself.
     """
-    zeros = placed_as(jnp.zeros_like(whole), jax.typeof(whole))
-    return whole + write(zeros, rows, start, axis)
+    return whole + write(zeros_of(jax.typeof(whole)), rows, start, axis)
 
 
 def adds_in_place(rows: Any) -> bool:
