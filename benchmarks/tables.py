@@ -303,8 +303,10 @@ def _case_table(case: Case) -> str:
 
 def _never_slower_table(result: Result) -> str:
     def entries(figures: dict[str, Any]) -> list[str]:
+        least, most = min(figures["speedups"]), max(figures["speedups"])
+        spread = f" ({least:.2f} to {most:.2f})" * (most > least)
         return [
-            f"{figures['speedup']:.2f}" + " (same program)" * figures["same_program"],
+            f"{figures['speedup']:.2f}{spread}" + ", same program" * figures["same_program"],
             f"{number(figures['plain_ms'])} / {number(figures['ours_ms'])}",
             f"{figures['plain_compile_s']:.2f} / {figures['ours_compile_s']:.2f}",
             f"{_mebibytes(figures['plain_temp_bytes'])} / {_mebibytes(figures['ours_temp_bytes'])}",

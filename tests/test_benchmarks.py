@@ -206,7 +206,8 @@ def synthetic_results():
     def compared(speedup):
         sides = {"plain_ms": 3.0, "ours_ms": 2.0, "plain_compile_s": 0.1, "ours_compile_s": 0.2}
         sizes = {"plain_temp_bytes": 2**22, "ours_temp_bytes": 2**21}
-        return {"speedup": speedup, "rounds": 5, "same_program": False} | sides | sizes
+        ratios = {"speedup": speedup, "speedups": [speedup, speedup - 0.5, speedup + 0.5]}
+        return ratios | {"rounds": 5, "same_program": False} | sides | sizes
 
     heading = {"date": "2030-01-01", "commit": "abc", "quick": False, "machine": MACHINE}
     libraries = [library for library in cases.LIBRARIES if library != "torch"]
@@ -272,6 +273,11 @@ def test_readme_names_the_slowest_step(rendered):
     last = STEPS[-1]
     assert f"{2.0 - 0.01 * (len(STEPS) - 1):.2f} at least ({last.name}, " in readme
     assert "1.00 at least (Elman, 1,100,4,4)" in readme
+
+
+def test_tables_show_how_far_processes_are_apart(rendered):
+    _, full = rendered
+    assert "| Elman | 1,100,4,4 | 1.00 (0.50 to 1.50) |" in full
 
 
 def test_tables_hold_every_candidate_and_step(rendered):

@@ -5,6 +5,7 @@ Every step is written for `lax.scan`, with time first, and says nothing of speed
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from benchmarks.steps import gated, language, memories, networks, noisy, other
 from benchmarks.steps.forms import Draw, Loop, Size, gradient_of
@@ -92,4 +93,5 @@ STEPS = (
 
 def random_step(number: int) -> Step:
     """A network of usual parts, put together at random, at a random size."""
-    return Step(f"network {number}", networks.network(number), (networks.size_of(number),))
+    make = partial(networks.network, number)
+    return Step(f"network {number}", make, (networks.size_of(number),))

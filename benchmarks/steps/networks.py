@@ -252,45 +252,41 @@ def size_of(number: int) -> Size:
     return Size(*(int(rng.choice(values)) for values in options))
 
 
-def network(number: int) -> Callable[[Draw, Size], Loop]:
+def network(number: int, draw: Draw, size: Size) -> Loop:
     """A network that is the same whenever it is made; different numbers make different ones."""
+    B, T, D, H = size
+    b = _Builder(number, draw, size)
+    remember = _memory(b) if b.happens(0.3) else None
+    if remember:
+        b.widths.append(H)
+    parts = []
+    for _ in range(int(b.rng.integers(1, 6))):
+        parts.append(b.choose(PARTS)(b))
+        b.widths.append(H)
+    new_states = [_new_state(b, 1 + i) for i in range(b.states)]
+    read, readout = b.read(), b.dense(b.read(), b.choose((8, 3 * H)))
+    masks = b.happens(0.3)
 
-    def make(draw: Draw, size: Size) -> Loop:
-        B, T, D, H = size
-        b = _Builder(number, draw, size)
-        remember = _memory(b) if b.happens(0.3) else None
-        if remember:
-            b.widths.append(H)
-        parts = []
-        for _ in range(int(b.rng.integers(1, 6))):
-            parts.append(b.choose(PARTS)(b))
-            b.widths.append(H)
-        new_states = [_new_state(b, 1 + i) for i in range(b.states)]
-        read, readout = b.read(), b.dense(b.read(), b.choose((8, 3 * H)))
-        masks = b.happens(0.3)
+    def body(p: Any) -> Callable:
+        def step(carry, xs):
+            states, memory, n = carry
+            x, counts = xs
+            values = [x, *states]
+            if remember:
+                memory, old = remember(p, values, n, memory)
+                values.append(old)
+            for part in parts:
+                values.append(part(p, values, n))
+            new = [state(p, values, n) for state in new_states]
+            if masks:
+                pairs = zip(new, states, strict=True)
+                new = [jnp.where(counts[:, None], new, old) for new, old in pairs]
+            ys = [values[i] for i in read], readout(p, values, n)
+            return (new, memory, n + 1), ys
 
-        def body(p: Any) -> Callable:
-            def step(carry, xs):
-                states, memory, n = carry
-                x, counts = xs
-                values = [x, *states]
-                if remember:
-                    memory, old = remember(p, values, n, memory)
-                    values.append(old)
-                for part in parts:
-                    values.append(part(p, values, n))
-                new = [state(p, values, n) for state in new_states]
-                if masks:
-                    pairs = zip(new, states, strict=True)
-                    new = [jnp.where(counts[:, None], new, old) for new, old in pairs]
-                ys = [values[i] for i in read], readout(p, values, n)
-                return (new, memory, n + 1), ys
+        return step
 
-            return step
-
-        states = [draw.normal(B, H) for _ in range(b.states)]
-        memory = draw.normal(B, ROWS, H, scale=0.3) if remember else None
-        xs = draw.normal(T, B, D), draw.integers(5, T, B) > 0
-        return loop(body, b.params, (states, memory, jnp.asarray(0, jnp.int32)), xs)
-
-    return make
+    states = [draw.normal(B, H) for _ in range(b.states)]
+    memory = draw.normal(B, ROWS, H, scale=0.3) if remember else None
+    xs = draw.normal(T, B, D), draw.integers(5, T, B) > 0
+    return loop(body, b.params, (states, memory, jnp.asarray(0, jnp.int32)), xs)
