@@ -233,10 +233,9 @@ def _measure(task: Task, ready: dict[tuple[str, str], Callable], reference: Any)
             of[kind][0]()
             estimates.append(clock.time_calls(of[kind][0], 1, warm_up=False))
         count, repeats = clock.plan(estimates, **EFFORT)
-        seconds: dict[tuple[str, str], list[float]] = {name: [] for name in calls}
-        for name, times in clock.in_turns(zip(calls, repeats, strict=True), range(count)):
-            seconds[name].append(clock.time_calls(calls[name][kind][0], times, warm_up=False))
-        for name, taken in seconds.items():
+        turns = [(of[kind][0], times) for of, times in zip(calls.values(), repeats, strict=True)]
+        rounds = clock.measure(turns, count, lambda turn: clock.time_calls(*turn, warm_up=False))
+        for name, taken in zip(calls, rounds.seconds, strict=True):
             figures[name][kind] = {
                 "median_ms": float(f"{1e3 * median(taken):.4g}"),
                 "us_per_step": float(f"{1e6 * median(taken) / TIME:.4g}"),

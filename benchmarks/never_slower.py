@@ -62,20 +62,21 @@ def main() -> None:
         if arguments.only.lower() in step.name.lower()
         for size in (step.sizes[:1] if arguments.quick else step.sizes)
     ]
-    turns = 1 if arguments.quick else PROCESSES
+    count = 1 if arguments.quick else PROCESSES
     measured: list[list[dict[str, dict]]] = [[] for _ in todo]
-    with tqdm(total=turns * len(todo), unit="process") as progress:
-        for turn in range(turns):
+    with tqdm(total=count * len(todo), unit="process") as progress:
+        for turn in range(2 * count):
             for (step, size), processes in zip(todo, measured, strict=True):
+                if sum(_stolen(figures) <= clock.STOLEN for figures in processes) == count:
+                    continue
                 progress.set_description(f"{step.name} {size}")
                 figures = _in_a_process(step, size, effort, turn % 2 == 1)
                 processes.append(figures)
                 ratios = " ".join(f"{kind} {figures[kind]['speedup']:.2f}" for kind in KINDS)
                 progress.write(f"{step.name:28}{size!s:>16}  {ratios}")
-                progress.update()
+                progress.update(turn < count)
     rows = [
-        {"name": step.name, "size": str(size)}
-        | {kind: _together([figures[kind] for figures in processes]) for kind in KINDS}
+        {"name": step.name, "size": str(size)} | _together(sorted(processes, key=_stolen)[:count])
         for (step, size), processes in zip(todo, measured, strict=True)
     ]
     facts = machine.describe(jax.devices()[0].device_kind)
@@ -129,16 +130,19 @@ def _compare(plain: Compiled, ours: Compiled, effort: dict) -> dict:
         side.call()
         estimates.append(perf_counter() - start)
     count, repeats = clock.plan(estimates, **effort)
-    turns = list(zip((plain, ours), repeats, estimates, ([], []), strict=True))
-    for side, times, estimate, seconds in clock.in_turns(turns, range(count)):
-        warm_up = estimate < clock.WARM_UP_BELOW_S
-        seconds.append(clock.time_calls(side.call, times, warm_up))
-    plain_ms, ours_ms = ([1e3 * s for s in seconds] for *_, seconds in turns)
+
+    def visit(turn: tuple[Compiled, int, float]) -> float:
+        side, times, estimate = turn
+        return clock.time_calls(side.call, times, estimate < clock.WARM_UP_BELOW_S)
+
+    rounds = clock.measure(list(zip((plain, ours), repeats, estimates, strict=True)), count, visit)
+    plain_ms, ours_ms = ([1e3 * s for s in seconds] for seconds in rounds.seconds)
     return {
         "speedup": results.speedup(plain_ms, ours_ms),
         "plain_ms": median(plain_ms),
         "ours_ms": median(ours_ms),
         "rounds": count,
+        "stolen": rounds.stolen,
         "same_program": plain.program == ours.program,
         "plain_compile_s": plain.compile_s,
         "ours_compile_s": ours.compile_s,
@@ -147,16 +151,25 @@ def _compare(plain: Compiled, ours: Compiled, effort: dict) -> dict:
     }
 
 
-def _together(processes: list[dict]) -> dict:
-    """The medians over processes, and the ratio of each."""
+def _stolen(figures: dict[str, dict]) -> float:
+    """The share of a process's time that its machine lost to others."""
+    return max(figures[kind]["stolen"] for kind in KINDS)
 
-    def middle(figure: str) -> float:
-        return float(f"{median(figures[figure] for figures in processes):.4g}")
 
-    same = processes[0]  # what doesn't depend on the process
-    times = ("speedup", "plain_ms", "ours_ms", "plain_compile_s", "ours_compile_s")
-    ratios = [float(f"{figures['speedup']:.4g}") for figures in processes]
-    return same | {figure: middle(figure) for figure in times} | {"speedups": ratios}
+def _together(processes: list[dict[str, dict]]) -> dict[str, dict]:
+    """The medians over processes, for each kind of call, and the ratio of each process."""
+    return {kind: _medians([figures[kind] for figures in processes]) for kind in KINDS}
+
+
+def _medians(processes: list[dict]) -> dict:
+    times = ("speedup", "plain_ms", "ours_ms", "plain_compile_s", "ours_compile_s", "stolen")
+    middle = {time: _rounded(median(figures[time] for figures in processes)) for time in times}
+    ratios = [_rounded(figures["speedup"]) for figures in processes]
+    return processes[0] | middle | {"speedups": ratios}
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
 if __name__ == "__main__":

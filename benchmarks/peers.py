@@ -85,7 +85,9 @@ def _measure_case(
     path.unlink()
     check_results(case, prepared, tolerance)
     compile_s = _compile_in_turns(prepared, pool)
-    rounds = {kind: _take_turns(kind, prepared, pool, effort) for kind in ("forward", "gradient")}
+    rounds, stolen = {}, {}
+    for kind in ("forward", "gradient"):
+        rounds[kind], stolen[kind] = _take_turns(kind, prepared, pool, effort)
     gemm_gflops = None
     if cases.GEMM in prepared:
         gemm_s = median(rounds["forward"][cases.GEMM])
@@ -95,7 +97,8 @@ def _measure_case(
         for candidate, reply in prepared.items()
         if candidate != cases.GEMM
     ]
-    return case.as_dict() | {"gemm_gflops": _rounded(gemm_gflops), "candidates": candidates}
+    facts = {"gemm_gflops": _rounded(gemm_gflops), "stolen": stolen}
+    return case.as_dict() | facts | {"candidates": candidates}
 
 
 def check_results(case: cases.Case, prepared: dict, tolerance: float) -> None:
@@ -133,14 +136,16 @@ def _compile_in_turns(prepared: dict, pool: dict[str, Worker]) -> dict[tuple, fl
     return {which: median(taken) for which, taken in seconds.items()}
 
 
-def _take_turns(kind: str, prepared: dict, pool: dict[str, Worker], effort: dict) -> dict:
-    """Seconds of each candidate in every round."""
+def _take_turns(
+    kind: str, prepared: dict, pool: dict[str, Worker], effort: dict
+) -> tuple[dict[tuple[str, str], list[float]], float]:
+    """Seconds of each candidate in every round, and the share of the time that others took."""
     running = {k: reply for k, reply in prepared.items() if kind in reply["calls"]}
     estimates = [reply["calls"][kind]["estimate_s"] for reply in running.values()]
     count, repeats = clock.plan(estimates, **effort)
     requests = [
         (
-            candidate,
+            library,
             {
                 "candidate": reply["candidate"],
                 "kind": kind,
@@ -148,16 +153,17 @@ def _take_turns(kind: str, prepared: dict, pool: dict[str, Worker], effort: dict
                 "warm_up": estimate < clock.WARM_UP_BELOW_S,
             },
         )
-        for (candidate, reply), times, estimate in zip(
+        for ((library, _), reply), times, estimate in zip(
             running.items(), repeats, estimates, strict=True
         )
     ]
-    seconds: dict[tuple[str, str], list[float]] = {candidate: [] for candidate in running}
-    turns = tqdm(range(count), desc=kind, unit="round", leave=False)
-    for candidate, request in clock.in_turns(requests, turns):
-        reply = pool[candidate[0]].ask("measure", **request)
-        seconds[candidate].append(reply["seconds"])
-    return seconds
+
+    def visit(request: tuple[str, dict]) -> float:
+        library, arguments = request
+        return pool[library].ask("measure", **arguments)["seconds"]
+
+    rounds = clock.measure(requests, count, visit)
+    return dict(zip(running, rounds.seconds, strict=True)), rounds.stolen
 
 
 def _figures(

@@ -1,5 +1,6 @@
 """The benchmarks' parts that no peer and no clock is needed for."""
 
+import itertools
 import json
 import random
 
@@ -140,6 +141,38 @@ def test_plan_gives_long_calls_few_rounds_and_short_calls_many_repeats():
     assert clock.plan([1e-4, 1e-3], **effort) == (20, [500, 50])
     assert clock.plan([0.2, 0.01], **effort) == (10, [1, 5])
     assert clock.plan([3.0], **effort) == (clock.MIN_ROUNDS, [1])
+
+
+@pytest.fixture
+def machine_that_loses(monkeypatch):
+    """Has every round take a second on two cores, of which those are lost that it is given."""
+
+    def losing(per_round):
+        now = itertools.count()
+        total = itertools.accumulate(per_round, initial=0.0)
+        readings = itertools.chain.from_iterable(itertools.pairwise(total))
+        monkeypatch.setattr(clock, "perf_counter", lambda: float(next(now)))
+        monkeypatch.setattr(clock, "_stolen_s", lambda: next(readings))
+        monkeypatch.setattr(clock.os, "cpu_count", lambda: 2)
+
+    return losing
+
+
+def test_rounds_in_which_time_is_stolen_are_measured_again(machine_that_loses):
+    machine_that_loses([0.5, 0.0, 0.01, 0.3, 0.0])
+    visits = []
+    seconds, stolen = clock.measure("ab", 3, lambda name: visits.append(name) or len(visits))
+    assert "".join(visits) == "abbaabbaab"  # five rounds, of which the second, third and last count
+    assert seconds == [[4, 5, 9], [3, 6, 10]]
+    assert stolen == pytest.approx(0.005 / 3)
+
+
+def test_a_machine_that_is_never_left_alone_is_measured_all_the_same(machine_that_loses):
+    machine_that_loses([0.5, 0.4, 0.3, 0.2, *[0.6] * 20])
+    rounds = itertools.count()
+    seconds, stolen = clock.measure(["a"], 2, lambda _: float(next(rounds)))
+    assert seconds == [[2.0, 3.0]]
+    assert stolen == pytest.approx(0.125)
 
 
 def test_speedup_is_taken_within_rounds():
