@@ -21,6 +21,7 @@ from jaxrnn._jaxpr import (
     Literal,
     Program,
     Var,
+    is_elementwise,
     is_free,
     is_heavy,
     is_movable,
@@ -30,8 +31,8 @@ from jaxrnn._jaxpr import (
     size_in_bytes,
     variables,
 )
-from jaxrnn._primitives import SUMS, TRIGONOMETRIC
-from jaxrnn._schedule import feeds_carries, is_a_loop, moves, schedule
+from jaxrnn._primitives import SUMS
+from jaxrnn._schedule import coefficients, feeds_carries, is_a_loop, moves, schedule
 
 # What a body makes: results alone, results and what a tangent needs, or a tangent.
 Kind = typing.Literal["results", "keeps", "tangent"]
@@ -169,7 +170,7 @@ class _Cut:
         self.heavy: set[Var] = set()
         self.accumulated: set[Var] = set(accumulated)
         self.in_place = in_place
-        self.coefficients = _coefficients(body, times) if kind == "tangent" else set()
+        self.coefficients = coefficients(body, times) if kind == "tangent" else set()
         for equation in body.equations:
             self._weigh(equation)
         # What is still wanted of what has not been cut yet: a row per step, or one value for all.
@@ -303,15 +304,17 @@ class _Cut:
         """Whether to run `equation` again on the far side of a cut rather than carry its result.
 
         What makes more than it takes is repeated: a broadcast, an outer product. Other work on
-        inputs is repeated too, that is, stays in the loop, unless it follows from a product. Of a
-        loop's work what feeds no carry up to it moves on to what wants it, if no more bytes do.
+        inputs is repeated too, that is, stays in the loop, unless it follows from a product: and
+        even then if its operands are there anyway. Of a loop's work what feeds no carry up to it
+        moves on to what wants it, if no more bytes do.
         """
         results = equation.outvars
         time = self._time(results[0])
         if any(v in self.accumulated for v in results):
             return time % 2 == 0 and self._is_made_in_place(equation)
         if time % 2 == 0:
-            return self._expands(results) or not any(v in self.heavy for v in results)
+            follows = any(v in self.heavy for v in results)
+            return self._expands(results) or not follows or self._is_at_hand(equation)
         if is_free(equation):
             return self._expands(results)
         carried = [v for v in variables(equation.invars) if is_a_loop(self.times[v])]
@@ -339,6 +342,16 @@ class _Cut:
     def _expands(self, values: Iterable[Var]) -> bool:
         """Whether some of `values` are large beside what they are made of."""
         return any(self.cost.get(v, math.inf) < size_in_bytes(v) for v in values)
+
+    def _is_at_hand(self, equation: Equation) -> bool:
+        """Whether `equation` is cheap and takes rows that are wanted for themselves, as if kept.
+
+        Measured on a CPU: gradients of minGRU were 1.00 to 1.07 times as fast so, and of a random
+        walk 1.05 to 1.4 times, in less memory.
+        """
+        rows = {v for v in variables(equation.invars) if v not in self.fixed}
+        is_cheap = is_elementwise(equation) and not is_transcendental(equation)
+        return is_cheap and rows <= self.rows and self.rows.isdisjoint(equation.outvars)
 
     def _carries_up_to(self, time: int) -> int:
         """The carries that are run by loops up to a time, as bits."""
@@ -368,28 +381,6 @@ class _Cut:
 def shrinks(equation: Equation, v: Var) -> bool:
     """Whether `equation` is a product that makes far less of `v` than it is, as of a memory."""
     return multiply_adds(equation) > 0 and size(v) >= 16 * size(equation.outvars[0])
-
-
-def _coefficients(body: Program, times: dict[Var, int]) -> set[Var]:
-    """What leaves loops although no product made it, see `fission`."""
-    if not any(is_heavy(e) and is_a_loop(times[e.outvars[0]]) for e in body.equations):
-        return {v for e in body.equations if is_transcendental(e) for v in e.outvars}
-    angular = {v for e in body.equations if e.primitive in TRIGONOMETRIC for v in e.outvars}
-    return angular & _spread(body)
-
-
-def _spread(body: Program) -> set[Var]:
-    """What is repeated to make larger arrays, other than by products, at once or further on."""
-    spread: set[Var] = set()
-    for equation in reversed(body.equations):
-        if not is_heavy(equation):
-            outs = equation.outvars
-            spread |= {
-                v
-                for v in variables(equation.invars)
-                if any(out in spread or size(out) > size(v) for out in outs)
-            }
-    return spread
 
 
 def _is_large(v: Var) -> bool:

@@ -24,9 +24,12 @@ from jaxrnn._jaxpr import (
     dependents,
     is_heavy,
     is_movable,
+    is_transcendental,
     multiply_adds,
+    size,
     variables,
 )
+from jaxrnn._primitives import TRIGONOMETRIC
 
 
 def schedule(body: Program, consts: int, carry: int) -> dict[Var, int]:
@@ -158,3 +161,25 @@ def _or(masks: Iterable[int]) -> int:
     for mask in masks:
         result |= mask
     return result
+
+
+def coefficients(body: Program, times: dict[Var, int]) -> set[Var]:
+    """What leaves the loops of a tangent although no product made it, see `fission`."""
+    if not any(is_heavy(e) and is_a_loop(times[e.outvars[0]]) for e in body.equations):
+        return {v for e in body.equations if is_transcendental(e) for v in e.outvars}
+    angular = {v for e in body.equations if e.primitive in TRIGONOMETRIC for v in e.outvars}
+    return angular & _spread(body)
+
+
+def _spread(body: Program) -> set[Var]:
+    """What is repeated to make larger arrays, other than by products, at once or further on."""
+    spread: set[Var] = set()
+    for equation in reversed(body.equations):
+        if not is_heavy(equation):
+            outs = equation.outvars
+            spread |= {
+                v
+                for v in variables(equation.invars)
+                if any(out in spread or size(out) > size(v) for out in outs)
+            }
+    return spread

@@ -106,6 +106,27 @@ def test_products_and_states_are_kept_and_no_more(make, arrays, chunk):
     assert kept < kept_bytes(lax.scan, time, make)
 
 
+def test_what_is_made_of_kept_rows_is_no_row_of_its_own():
+    """Gates and candidates of a minGRU are kept: a loop that reads them needs no products of both.
+
+    Beside them there are the states, their cotangents, and one factor at a time.
+    """
+    time = 64
+
+    def loss(p, xs):
+        def body(h, x):
+            z = jax.nn.sigmoid(x @ p["z"])
+            h = (1 - z) * h + z * (x @ p["h"])
+            return h, h
+
+        start = jnp.ones((BATCH, UNITS))
+        return (jaxrnn.scan(body, start, xs, method="sequential")[1] ** 2).sum()
+
+    p = {name: jnp.ones((3, UNITS)) for name in "zh"}
+    compiled = jax.jit(jax.grad(loss)).lower(p, jnp.ones((time, BATCH, 3))).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 5.5 * time * BATCH * UNITS * 4
+
+
 def test_under_a_checkpoint_states_are_kept_and_nothing_else():
     """That is the cell's state of an LSTM, of which the other is the output."""
 
