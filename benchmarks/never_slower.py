@@ -6,7 +6,8 @@ Both run in one process and take turns. Its ratio is the median over rounds of t
 lax.scan by the time under jaxrnn: above 1, jaxrnn is faster. How memory lies in a process, and who
 else uses the caches of its machine, can be worth a fifth of a short program's time in every round.
 So each step is measured in several processes of its own, minutes apart, and the median of their
-ratios counts. Where jaxrnn stands aside, both run the same program and the ratio shows the noise.
+ratios counts; more processes where a virtual machine lost time to others. Where jaxrnn stands
+aside, both run the same program and the ratio shows the noise.
 """
 
 import argparse
@@ -107,18 +108,15 @@ def _measure(step: Step, size: Size, effort: dict, ours_first: bool) -> dict[str
     compile_call(jnp.matmul, jnp.ones((2, 2)), jnp.ones((2, 2)))
     loop = step.make(Draw(), size)
     runs = {"plain": loop.plain, "ours": loop.ours}
-    names = sorted(runs, reverse=not ours_first)
-    calls = {
-        "forward": lambda run: (run, loop.arguments),
-        "gradient": lambda run: gradient_of(run, loop.arguments),
-    }
     compiled = {}
-    for kind, call in calls.items():
-        for name in names:
-            function, arguments = call(runs[name])
-            compiled[kind, name] = compile_call(function, *arguments)
+    for name in sorted(runs, reverse=not ours_first):
+        function, arguments = gradient_of(runs[name], loop.arguments)
+        compiled[name] = {
+            "forward": compile_call(runs[name], *loop.arguments),
+            "gradient": compile_call(function, *arguments),
+        }
     return {
-        kind: _compare(compiled[kind, "plain"], compiled[kind, "ours"], effort) for kind in KINDS
+        kind: _compare(compiled["plain"][kind], compiled["ours"][kind], effort) for kind in KINDS
     }
 
 
