@@ -1,7 +1,7 @@
 """How often to measure, one measurement, and which ones count."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean, median
 from time import perf_counter
 from typing import NamedTuple, TypeVar
@@ -39,20 +39,13 @@ class Rounds(NamedTuple):
     stolen: float
 
 
-def in_turns(candidates: Iterable[Candidate], turns: Iterable[int]) -> Iterator[Candidate]:
-    """All candidates in every turn, whose numbers are `turns`, in alternating direction."""
-    forwards = list(candidates)
-    for turn in turns:
-        yield from forwards if turn % 2 == 0 else reversed(forwards)
-
-
 def measure(
     candidates: Sequence[Candidate], count: int, visit: Callable[[Candidate], float]
 ) -> Rounds:
     """The seconds that `visit` tells of each candidate, in `count` rounds in which all take turns.
 
-    Rounds in which a virtual machine lost more than `STOLEN` of its time are measured again, within
-    limits; those that lost least count.
+    Every other round goes through them backwards. Rounds in which a virtual machine lost more than
+    `STOLEN` of its time are measured again, within limits; those that lost least count.
     """
     rounds: list[list[float]] = []
     shares: list[float] = []
@@ -61,9 +54,9 @@ def measure(
         len(rounds) < 2 * count or perf_counter() - began < PATIENCE_S
     ):
         start, before = perf_counter(), _stolen_s()
-        order = in_turns(range(len(candidates)), [len(rounds)])
+        order = range(len(candidates))[:: -1 if len(rounds) % 2 else 1]
         seconds = {i: visit(candidates[i]) for i in order}
-        rounds.append([seconds[i] for i in range(len(candidates))])
+        rounds.append([seconds[i] for i in sorted(order)])
         lent = (_stolen_s() - before) / (perf_counter() - start)
         shares.append(lent / (os.cpu_count() or 1))
     counted = sorted(sorted(range(len(rounds)), key=shares.__getitem__)[:count])

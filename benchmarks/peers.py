@@ -122,18 +122,20 @@ def check_results(case: cases.Case, prepared: dict, tolerance: float) -> None:
 
 def _compile_in_turns(prepared: dict, pool: dict[str, Worker]) -> dict[tuple, float]:
     """Median seconds to compile what can be compiled, for each candidate and kind of call."""
-    seconds = {
-        (candidate, kind): [cost["compile_s"]]
+    which = [
+        (candidate, kind)
         for candidate, reply in prepared.items()
         for kind, cost in reply["calls"].items()
         if cost["compile_s"] is not None
-    }
-    turns = range(1, clock.COMPILATIONS)  # the first was when they were prepared
-    for candidate, kind in clock.in_turns(seconds, turns):
+    ]
+
+    def visit(one: tuple[tuple[str, str], str]) -> float:
+        candidate, kind = one
         number = prepared[candidate]["candidate"]
-        reply = pool[candidate[0]].ask("compile", candidate=number, kind=kind)
-        seconds[candidate, kind].append(reply["seconds"])
-    return {which: median(taken) for which, taken in seconds.items()}
+        return pool[candidate[0]].ask("compile", candidate=number, kind=kind)["seconds"]
+
+    rounds = clock.measure(which, clock.COMPILATIONS, visit)
+    return dict(zip(which, map(median, rounds.seconds), strict=True))
 
 
 def _take_turns(
