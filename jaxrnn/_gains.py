@@ -35,6 +35,8 @@ from jaxrnn._primitives import (
 _LONG_SUM = 64
 # Terms of the numbers that a product makes from which on several cores gain more than the cache.
 MANY_TERMS = 128
+# Numbers of a matrix; a CPU's product with a larger one XLA shares out among cores, in a loop, too.
+ON_ONE_CORE = 1 << 16
 
 
 def only_for_gradients(plan: Plan, time: int, chunk: Any, remat: bool, method: str) -> bool:
@@ -123,7 +125,7 @@ def _product_gains(equation: Equation, plan: Plan) -> bool:
     held = sum(any(map(multiply_adds, loop.program.equations)) for loop in plan.loops)
     beside = 1 << 13 if count >= MANY_TERMS or work > 1 << 21 else 1 << 15
     rows, small = {0: (128, 1 << 13), 1: (32, beside)}.get(held, (2, math.inf))
-    large = math.inf if held != 1 or _makes_gates(plan) else 1 << 16
+    large = math.inf if held != 1 or _makes_gates(plan) else ON_ONE_CORE
     return not work or work < rows * weights or small < weights <= large
 
 
@@ -131,6 +133,13 @@ def _makes_gates(plan: Plan) -> bool:
     """Whether a product in a loop makes more numbers for each row than it is the sum of."""
     products = filter(multiply_adds, plan.in_loops)
     return any(_weights(e, plan) > terms(e) ** 2 for e in products)
+
+
+def loops_take_all_cores(plan: Plan) -> bool:
+    """Whether a product that stays in a loop is shared out among cores; one of a row is not."""
+    products = filter(multiply_adds, plan.in_loops)
+    weights = ((_weights(e, plan), multiply_adds(e)) for e in products)
+    return any(ON_ONE_CORE < count < work for count, work in weights)
 
 
 def _weights(equation: Equation, plan: Plan) -> int:

@@ -228,6 +228,16 @@ def test_results_are_in_longer_blocks_than_gradients():
     assert blocks(1024, features=2) == 64
 
 
+@pytest.mark.parametrize(("units", "longer"), [(128, True), (256, False)])
+def test_results_are_in_no_longer_blocks_where_the_loop_takes_all_cores(units, longer):
+    """XLA shares out a product with more than 2**16 weights; then no core is idle in the loop."""
+    cell = jaxrnn.cells.lstm(units)
+    params, states = cell.init(jax.random.key(0), units), cell.initial_states(8)
+    report = jaxrnn.explain(cell.step(params), jnp.ones((8, 512, units)), states).splitlines()
+    assert report[0].endswith(f"in blocks of {2**14 // units}")
+    assert report[1].startswith("for gradients; results in blocks of ") == longer
+
+
 def test_blocks_of_large_steps_are_short_but_no_single_steps():
     cell = jaxrnn.cells.lstm(512)  # which makes 4 MiB a step for 512 samples
     report = jaxrnn.explain(
