@@ -136,10 +136,14 @@ def _makes_gates(plan: Plan) -> bool:
 
 
 def loops_take_all_cores(plan: Plan) -> bool:
-    """Whether a product that stays in a loop is shared out among cores; one of a row is not."""
+    """Whether a product that stays in a loop is shared out among cores; one of a row is not.
+
+    Nor does a loop with the samples last count, which takes in the pass before it: the variables of
+    such a loop have no time.
+    """
     products = filter(multiply_adds, plan.in_loops)
-    weights = ((_weights(e, plan), multiply_adds(e)) for e in products)
-    return any(ON_ONE_CORE < count < work for count, work in weights)
+    timed = [e for e in products if all(v in plan.times for v in variables(e.invars))]
+    return any(ON_ONE_CORE < _weights(e, plan) < multiply_adds(e) for e in timed)
 
 
 def _weights(equation: Equation, plan: Plan) -> int:
