@@ -5,7 +5,7 @@ they lie. Each error names the argument or the path of the state in question, wh
 expected, and the remedy.
 """
 
-import operator
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,24 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxrnn._eager import is_operand
 from jaxrnn._masking import is_key
 
 Array = jax.Array
 PyTree = Any
 Step = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
-
-
-class Options(NamedTuple):
-    """The arguments of `rnn` that are fixed when it is traced."""
-
-    go_backwards: bool
-    unroll: bool | int
-    time_major: bool
-    zero_output_for_mask: bool
-    return_all_outputs: bool
-    chunk: int | str | None
-    remat: bool
-    method: str
 
 
 class Operands(NamedTuple):
@@ -40,7 +28,7 @@ class Operands(NamedTuple):
     Attributes:
         inputs: pytree of arrays `[B, T, ...]`, or `[T, B, ...]` where time comes first.
         states: a list, a tuple or any other pytree, as the step wants to see it.
-        constants: list or tuple of pytrees, maybe empty.
+        constants: list or tuple of pytrees, maybe empty; what is no array in them is for the step.
         valid: `[T, B]`, bool; None when every step counts.
         reset: `[T, B]`, bool, true at valid steps only; None when there are no resets.
     """
@@ -80,36 +68,6 @@ def normalize_operands(
     return Operands(inputs, states, constants, valid, reset)
 
 
-def flag(name: str, value: Any) -> bool:
-    """A Python bool, or an error that says why a traced value cannot be one."""
-    if isinstance(value, jax.core.Tracer):
-        raise ValueError(
-            f"{name} is a traced value; expected a Python bool. Under jit, name it in "
-            f"`static_argnames` or bind it with `functools.partial`."
-        )
-    if isinstance(value, str) or np.ndim(value):
-        raise ValueError(f"{name} is {value!r}; expected True or False.")
-    return bool(value)
-
-
-def normalize_unroll(unroll: Any, time: Any) -> bool | int:
-    """`unroll` as `lax.scan` takes it."""
-    if isinstance(unroll, bool | np.bool_):
-        if unroll and not isinstance(time, int):
-            raise ValueError(
-                f"unroll=True needs a fixed number of timesteps, but the time axis of inputs has "
-                f"the symbolic length {time}. Pass unroll=False, or an integer."
-            )
-        return bool(unroll)
-    try:
-        steps = operator.index(unroll)
-    except TypeError:
-        steps = 0
-    if steps < 1:
-        raise ValueError(f"unroll is {unroll!r}; expected a bool or an integer n >= 1.")
-    return steps
-
-
 def checked_step(step_function: Step, states: PyTree, constants: PyTree) -> Step:
     """The user's step with constants appended, and with its result checked and in normal form.
 
@@ -120,9 +78,9 @@ def checked_step(step_function: Step, states: PyTree, constants: PyTree) -> Step
     def step(input_t: PyTree, states_t: PyTree) -> tuple[PyTree, PyTree]:
         batch = jax.tree.leaves(input_t)[0].shape[0]
         # Containers of its own: a step may write into what it is given.
-        input_t, given = jax.tree.map(lambda leaf: leaf, (input_t, states_t))
-        if constants:
-            given = given + type(given)(constants)
+        input_t, given, beside = jax.tree.map(lambda leaf: leaf, (input_t, states_t, constants))
+        if beside:
+            given = given + type(given)(beside)
         try:
             result = step_function(input_t, given)
         except Exception as error:
@@ -145,11 +103,12 @@ def checked_step(step_function: Step, states: PyTree, constants: PyTree) -> Step
 
 def _types(**values: PyTree) -> str:
     """The name and type of each array, a line each."""
-    leaves = jax.tree_util.tree_leaves_with_path(values)
-    return "\n".join(
-        f"  {path[0].key}{jax.tree_util.keystr(path[1:])}: {leaf.dtype}{list(leaf.shape)}"
-        for path, leaf in leaves
-    )
+
+    def line(path: Any, leaf: Any) -> str:
+        kind = f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "dtype") else _describe(leaf)
+        return f"  {path[0].key}{jax.tree_util.keystr(path[1:])}: {kind}"
+
+    return "\n".join(itertools.starmap(line, jax.tree_util.tree_leaves_with_path(values)))
 
 
 def is_sequence(states: PyTree) -> bool:
@@ -197,7 +156,13 @@ def _normalize_constants(constants: PyTree) -> PyTree:
             f"constants is {_describe(constants)}; expected a list or tuple of arrays or pytrees. "
             f"Wrap a single constant: constants=[c]."
         )
-    return constants
+
+    def normalize(path: Any, leaf: Any) -> Any:
+        # Inside `jit` as outside, where `jit` makes arrays of what it takes.
+        name = "constants" + jax.tree_util.keystr(path)
+        return _as_array_or_weak(name, leaf) if is_operand(leaf) else leaf
+
+    return jax.tree_util.tree_map_with_path(normalize, constants)
 
 
 def _normalize_states(initial_states: PyTree, has_constants: bool) -> PyTree:
@@ -247,10 +212,11 @@ def _within_length(input_length: Any, batch: Any, time: Any) -> Array:
 
 def _within_int32(numbers: Any) -> Any:
     """Integers of any width, with int32's largest or smallest for those that it has not."""
-    xp = jnp if isinstance(numbers, jax.Array) else np
+    # NumPy has all the digits of a Python integer, but does not read what is traced.
+    xp = jnp if any(isinstance(n, jax.Array) for n in jax.tree.leaves(numbers)) else np
     try:
         array = xp.asarray(numbers)
-    except ValueError:  # ragged
+    except (OverflowError, ValueError):  # ragged, say
         return numbers
     limits = np.iinfo(np.int32)
     if array.dtype in (np.int64, np.uint32, np.uint64):
@@ -356,8 +322,13 @@ def _check_output(output: PyTree, batch: Any) -> PyTree:
 
 def _as_array(name: str, value: Any) -> Array:
     """An array without weak type."""
+    array = _as_array_or_weak(name, value)
+    return array if is_key(array) else lax.convert_element_type(array, array.dtype)
+
+
+def _as_array_or_weak(name: str, value: Any) -> Array:
     try:
-        array = jnp.asarray(value)
+        return jnp.asarray(value)
     except TypeError as error:
         raise TypeError(f"{name} is {_describe(value)}; expected an array.") from error
     except (OverflowError, ValueError) as error:
@@ -365,7 +336,6 @@ def _as_array(name: str, value: Any) -> Array:
             f"{name} is {_describe(value)}; expected an array, and none can be made of it: "
             f"{str(error).rstrip('.')}."
         ) from error
-    return array if is_key(array) else lax.convert_element_type(array, array.dtype)
 
 
 def _structure(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> Any:

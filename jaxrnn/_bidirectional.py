@@ -71,8 +71,8 @@ def bidirectional(
         zero_output_for_mask: whether masked rows of the outputs are zeros. Otherwise they hold
             the output of the step processed before: the one on their left in the forward outputs,
             on their right in the backward outputs.
-        return_all_outputs: if False, each of the outputs is its `last_output` with a time axis
-            of 1.
+        return_all_outputs: if False, each of the outputs is only its last one, with a time axis
+            of 1, as in `rnn`.
         reset: like `mask`; true where a sample begins anew, at the first step of a document, say.
             Neither recurrence looks beyond: the backward one starts again from its initial states
             at the last valid step before each such step. A masked step resets nothing.

@@ -52,13 +52,15 @@ def run_compiled(name: str, run: Run, function: Any, options: Any, operands: PyT
         name: what profilers show.
         run: a function of a module; it stays for good.
         function: the caller's; the arrays of a `PureStep` are operands.
-        options: hashable.
+        options: a tuple, hashable.
         operands: pytree of arrays.
     """
     arrays, bare = function.tree_flatten() if isinstance(function, PureStep) else ((), function)
-    if not all(map(_is_operand, jax.tree.leaves((arrays, operands)))) or _in_jit():
+    if not all(map(is_operand, jax.tree.leaves((arrays, operands)))) or _in_jit():
         return run(function, options, operands)
-    return _compiled(name, run, bare)(options, arrays, operands)
+    # True equals 1, and as an option is something else.
+    types = tuple(map(type, options))
+    return _compiled(name, run, bare)((options, types), arrays, operands)
 
 
 def is_jit_disabled() -> bool:
@@ -72,7 +74,7 @@ def _in_jit() -> bool:
     return isinstance(lax.iota(jnp.int32, 1), jax.core.Tracer)
 
 
-def _is_operand(leaf: Any) -> bool:
+def is_operand(leaf: Any) -> bool:
     """Whether `jit` takes a leaf."""
     if isinstance(leaf, int) and not isinstance(leaf, bool):
         return abs(leaf) < 1 << 31
@@ -82,6 +84,8 @@ def _is_operand(leaf: Any) -> bool:
 def _compiled(name: str, run: Run, function: Any) -> Callable[[Any, Arrays, PyTree], PyTree]:
     """`run` of one function, or of a `PureStep` of it and of arrays, jitted.
 
+    It takes the options with their types.
+
     Kept as long as the function is: what is jitted refers to it weakly, or it would never be freed.
     A function that cannot be referred to so is simply traced again.
     """
@@ -90,10 +94,10 @@ def _compiled(name: str, run: Run, function: Any) -> Callable[[Any, Arrays, PyTr
     except KeyError:
         reference = weakref.ref(function)
     except TypeError:
-        return lambda options, _, operands: run(function, options, operands)
+        return lambda typed, _, operands: run(function, typed[0], operands)
 
-    def call(options: Any, arrays: Arrays, operands: PyTree) -> PyTree:
-        function = reference()
+    def call(typed: tuple[Any, Any], arrays: Arrays, operands: PyTree) -> PyTree:
+        (options, _), function = typed, reference()
         assert function is not None, "the caller holds it"
         return run(PureStep(function, *arrays) if arrays else function, options, operands)
 

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxrnn import _jaxpr, _rnn
-from jaxrnn._arguments import Step
+from jaxrnn._arguments import Operands, Step
 from jaxrnn._block import Axes, run_plain
 from jaxrnn._checkpoints import not_to_be_kept
 from jaxrnn._choice import block_length, results_block, steps_of
 from jaxrnn._gains import only_for_gradients
 from jaxrnn._jaxpr import Equation, Program, Traced
-from jaxrnn._options import ScanOptions, as_int, check_options, time_of
+from jaxrnn._options import ScanOptions, as_int, engine_options, time_of
 from jaxrnn._passes import time_first, time_on
 from jaxrnn._primitives import cond_p, scan_p
 from jaxrnn._recurrence import run_split
@@ -84,10 +84,13 @@ def explain(
 
     given = _arguments_of(_rnn.rnn, step_function, inputs, initial_states, *args, **kwargs)
     settings, operands = _rnn.prepare(*given.args, **given.kwargs)
-    jax.eval_shape(
-        lambda operands: jax.tree.leaves(_rnn.run(step_function, settings, operands, listen)),
-        operands,
-    )
+
+    def leaves(arrays: Operands) -> list[Array]:
+        # Not all constants need be arrays.
+        arrays = arrays._replace(constants=operands.constants)
+        return jax.tree.leaves(_rnn.run(step_function, settings, arrays, listen))
+
+    jax.eval_shape(leaves, operands._replace(constants=[]))
     return "\n".join(lines)
 
 
@@ -109,7 +112,7 @@ def explain_scan(f: Body, init: PyTree, *args: Any, **kwargs: Any) -> str:
     """
     given = _arguments_of(scan, f, init, *args, **kwargs)
     _, _, xs, length, reverse, unroll = given.args
-    check_options(**given.kwargs)
+    engine = engine_options(**given.kwargs)
     if any(jnp.ndim(x) == 0 for x in jax.tree.leaves(xs)):
         lax.scan(f, init, xs, length, reverse)  # it says what is wrong
     lines: list[str] = []
@@ -119,7 +122,7 @@ def explain_scan(f: Body, init: PyTree, *args: Any, **kwargs: Any) -> str:
         steps = 1 if time_of(xs, as_int(length)) is None else unroll
         results = lax.scan(f, init, xs, length, reverse, steps)  # here, too
         time = leaves[0].shape[0] if leaves else as_int(length)
-        lines.extend(_report(f, init, xs, ScanOptions(time, reverse, unroll, **given.kwargs)))
+        lines.extend(_report(f, init, xs, ScanOptions(time, reverse, unroll, **engine)))
         return results
 
     jax.eval_shape(listen, init, xs)

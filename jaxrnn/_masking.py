@@ -56,7 +56,7 @@ def substitutes(
     the step has to be evaluated anyway. The row alone would not do, for a step that divides by its
     distance from the row before. A sample without any valid row gets both from one that has some.
     If none has, the row is a ramp inside (0, 1): unlike zeros or ones it is no singular point of
-    logarithms, roots, quotients or of normalising a row by its spread.
+    logarithms, roots, quotients or of normalising a row by its spread. Integers are ones then.
 
     Args:
         valid: `[T, B]`, bool.
@@ -88,9 +88,11 @@ def substitutes(
     def row(leaf: Array) -> Array:
         index = first.reshape(1, -1, *(1,) * (leaf.ndim - 2))
         row = own_or_lent(jnp.take_along_axis(leaf, index, axis=0)[0])
-        if jnp.issubdtype(leaf.dtype, jnp.inexact):
-            row = jnp.where(some, row, _ramp(row.shape[1:]).astype(leaf.dtype)[None])
-        return row
+        if is_key(row):
+            return row
+        is_inexact = jnp.issubdtype(leaf.dtype, jnp.inexact)
+        made_up = _ramp(row.shape[1:]) if is_inexact else jnp.ones(row.shape[1:])
+        return jnp.where(some, row, made_up.astype(leaf.dtype)[None])
 
     return jax.tree.map(row, inputs), jax.tree.map(own_or_lent, states)
 

@@ -141,6 +141,7 @@ LINEAR = FREE - {p.iota_p, stop_gradient_p} | {
     sub_p,
 }
 SMOOTH = (ELEMENTWISE | FREE | LINEAR | PRODUCTS) - {p.div_p, p.exp_p, p.integer_pow_p}
+BOUNDED = frozenset({p.cos_p, p.erf_p, p.logistic_p, p.sin_p, p.tanh_p})
 
 
 LINEAR_BY_ELEMENT = frozenset(

@@ -9,14 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxrnn import _arguments, _masking
-from jaxrnn._arguments import Operands, Options, Step
+from jaxrnn._arguments import Operands, Step
 from jaxrnn._eager import is_jit_disabled, run_compiled
-from jaxrnn._jaxpr import Equation, inner_equations
-from jaxrnn._options import ScanOptions, check_options
+from jaxrnn._options import Options, ScanOptions, engine_options, flag, normalize_unroll
 from jaxrnn._passes import time_first
 from jaxrnn._placement import placed_as, zeros_of
-from jaxrnn._primitives import INLINED, SMOOTH, split_p
 from jaxrnn._scan import scan_along
+from jaxrnn._smooth import is_smooth
 
 Array = jax.Array
 PyTree = Any
@@ -137,21 +136,19 @@ def prepare(
             f"step_function is {step_function!r}; expected a function "
             f"(input_t, states) -> (output_t, new_states)."
         )
-    check_options(chunk, remat, method)
-    time_major = _arguments.flag("time_major", time_major)
+    engine = engine_options(chunk, remat, method)
+    time_major = flag("time_major", time_major)
     operands = _arguments.normalize_operands(
         inputs, initial_states, constants, mask, input_length, reset, time_major
     )
     time = jax.tree.leaves(operands.inputs)[0].shape[0 if time_major else 1]
     options = Options(
-        go_backwards=_arguments.flag("go_backwards", go_backwards),
-        unroll=_arguments.normalize_unroll(unroll, time),
+        go_backwards=flag("go_backwards", go_backwards),
+        unroll=normalize_unroll(unroll, time),
         time_major=time_major,
-        zero_output_for_mask=_arguments.flag("zero_output_for_mask", zero_output_for_mask),
-        return_all_outputs=_arguments.flag("return_all_outputs", return_all_outputs),
-        chunk=chunk,
-        remat=remat,
-        method=method,
+        zero_output_for_mask=flag("zero_output_for_mask", zero_output_for_mask),
+        return_all_outputs=flag("return_all_outputs", return_all_outputs),
+        **engine,
     )
     return options, operands
 
@@ -178,7 +175,7 @@ def run(
     held = _initial_output(output_like, states) if carry_output else None
     fill_input = fill_states = None
     if valid is not None:
-        # At any state a smooth step is as safe as at those that it begins with.
+        # At the state that is held a smooth step is as safe as at those that it begins with.
         fill_input, fill_states = _masking.substitutes(
             valid, inputs, None if smooth else states, options.go_backwards
         )
@@ -275,7 +272,7 @@ def _trace_step(
 
     Returns:
         What the output is like; the types of the new states; whether the output is, leaf by leaf,
-        the first state; whether the step has a finite derivative everywhere.
+        the first state; whether the step is smooth, see `_smooth`.
     """
     tree: Any = None
     is_state = False
@@ -293,14 +290,7 @@ def _trace_step(
         output, new_states = jax.eval_shape(lambda: results)
         return _Like(output, tree), new_states, is_state, False
     jaxpr, (output, new_states) = jax.make_jaxpr(trace, return_shape=True)(inputs, states)
-    return _Like(output, tree), new_states, is_state, all(map(_is_smooth, jaxpr.eqns))
-
-
-def _is_smooth(equation: Equation) -> bool:
-    """Whether the derivative of `equation` is finite at all finite operands, if not too large."""
-    if equation.primitive in INLINED:
-        return all(map(_is_smooth, inner_equations(equation)))
-    return equation.primitive in SMOOTH or equation.primitive is split_p()
+    return _Like(output, tree), new_states, is_state, is_smooth(jaxpr.jaxpr, len(new_states))
 
 
 def _initial_output(output_like: _Like, states: PyTree) -> PyTree:

@@ -37,7 +37,7 @@ from jaxrnn._jaxpr import (
     trace,
     weak_as,
 )
-from jaxrnn._options import ScanOptions, as_int, check_options, time_of
+from jaxrnn._options import ScanOptions, as_int, engine_options, time_of
 from jaxrnn._passes import time_first, time_on
 from jaxrnn._placement import is_lone_cpu
 from jaxrnn._recurrence import Results, run_split, run_with_derivative_of
@@ -93,8 +93,8 @@ def scan(
         ValueError: for an option that does not fit, "fused" for a recurrence that fits no kernel
             and "parallel" for one that is not affine among them; and what `jax.lax.scan` raises.
     """
-    check_options(chunk, remat, method)
-    options = ScanOptions(as_int(length), reverse, unroll, chunk, remat, method)
+    engine = engine_options(chunk, remat, method)
+    options = ScanOptions(as_int(length), reverse, unroll, **engine)
     if not options.is_hashable or any(getattr(x, "ndim", 0) == 0 for x in jax.tree.leaves(xs)):
         return _scan(f, options, (init, xs))  # `lax.scan` says what is wrong
     return run_compiled("scan", _scan, f, options, (init, xs))

@@ -289,6 +289,7 @@ class _Form(NamedTuple):
             "bias": self.bias_shape,
         }
         for name, array in arrays.items():
+            self.check_dtype(f"params[{name!r}]", array)
             if array.shape != expected[name]:
                 raise ValueError(
                     f"{self.name}: params[{name!r}] has shape {array.shape}, "
@@ -317,12 +318,21 @@ class _Form(NamedTuple):
                 "cell.initial_states(batch), without constants"
             )
         for position, state in enumerate(states):
+            self.check_dtype(f"states[{position}]", state)
             if state.ndim == 0 or state.shape[-1] != self.units:
                 raise ValueError(
                     f"{self.name}: states[{position}] has shape {state.shape}, expected "
                     f"{self.units} units on the last axis; start from cell.initial_states(batch)"
                 )
         return x, states
+
+    def check_dtype(self, what: str, array: Array) -> None:
+        """Raises the TypeError that numbers deserve in which no gate could be held."""
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(
+                f"{self.name}: {what} has dtype {array.dtype}, expected a floating one; cast it: "
+                f"astype('{jnp.dtype(self.param_dtype)}')"
+            )
 
 
 def _affine(x: Array, kernel: Array, bias: Array) -> Array:

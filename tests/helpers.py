@@ -31,6 +31,7 @@ __all__ = [
     "is_float",
     "numerical_gradient",
     "reference_rnn",
+    "results_and_gradients",
     "scalar_of",
     "valid_steps",
     "with_padding",
@@ -293,3 +294,13 @@ def numerical_gradient(function: Callable[[Any], Any], tree: Any, delta: float =
             gradient[index] = (values[0] - values[1]) / (2 * delta)
         gradients.append(gradient)
     return structure.unflatten(gradients)
+
+
+def results_and_gradients(call):
+    """Compiles ``call(inputs, rest) -> results`` with its gradient with respect to both."""
+
+    def loss(inputs, rest):
+        results = call(inputs, rest)
+        return scalar_of(results), results
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True, allow_int=True))

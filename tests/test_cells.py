@@ -404,3 +404,7 @@ def test_user_mistakes_are_named(name):
         cell.step(params)(x, [*states, x, x][:3])
     with pytest.raises(ValueError, match=rf"states\[0\] has shape \(3, 1\), expected {H} units"):
         cell.step(params)(x, [jnp.ones((B, 1)), *states[1:]])
+    with pytest.raises(TypeError, match=rf"{name}: states\[0\] has dtype int32, .* astype"):
+        cell.step(params)(x, [state.astype(int) for state in states])
+    with pytest.raises(TypeError, match=rf"{name}: params\['kernel'\] has dtype int32, .* astype"):
+        cell.step(params | {"kernel": params["kernel"].astype(int)})

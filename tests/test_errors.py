@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import assert_identical
 from jax import export
 
 import jaxrnn
@@ -331,6 +332,19 @@ def test_a_wrong_step_under_jit_and_grad_reads_the_same():
     for transformed in (jax.jit(loss), jax.grad(loss), lambda x: jax.vmap(loss)(x[None])):
         with pytest.raises(ValueError, match=r"1 states; expected 2"):
             transformed(X)
+
+
+def test_a_traced_option_is_told_how_to_be_static():
+    for name in ("unroll", "go_backwards"):
+        with pytest.raises(ValueError, match=rf"{name} is a traced value.*static_argnames"):
+            jax.jit(lambda value, name=name: jaxrnn.rnn(keeps, X, [H], **{name: value}))(2)
+
+
+def test_options_may_be_numbers_of_numpy():
+    one, true = np.int64(2), np.True_
+    expected = jaxrnn.rnn(keeps, X, [H], unroll=2, chunk=2, remat=True, go_backwards=True)
+    actual = jaxrnn.rnn(keeps, X, [H], unroll=one, chunk=one, remat=true, go_backwards=true)
+    assert_identical(actual, expected)
 
 
 def test_a_dtype_error_tells_a_cast_that_works():

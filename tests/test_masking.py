@@ -10,18 +10,12 @@ from helpers import (
     LENGTHS,
     assert_identical,
     assert_same,
-    cast_floats,
-    numerical_gradient,
-    reference_rnn,
-    scalar_of,
+    results_and_gradients,
     valid_steps,
     with_padding,
 )
-from structure import count, loops, primitive_of
 
 import jaxrnn
-
-SELECT = primitive_of(lambda c: jax.lax.select(c, c, c), np.ones(2, bool))
 
 # The method is named because the library leaves arrays as small as these to lax.scan.
 BLOCKS = {"chunk": 3, "method": "sequential"}
@@ -37,16 +31,6 @@ PADDED_CASES = (
     "constants",
     "no_output",
 )
-
-
-def results_and_gradients(call):
-    """Compiles ``call(inputs, rest) -> results`` with its gradient with respect to both."""
-
-    def loss(inputs, rest):
-        results = call(inputs, rest)
-        return scalar_of(results), results
-
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True, allow_int=True))
 
 
 def case_call(case, **flags):
@@ -86,138 +70,6 @@ def test_padding_is_invisible_on_every_path(flags):
     plain = run(arrange(with_padding(inputs, GAPS, 0.0)), (params, states, None))
     padded = run(arrange(with_padding(inputs, GAPS, np.nan)), (params, states, None))
     assert_identical(padded, plain)
-
-
-def log_step(xp, p):
-    """Singular at zero: the derivative of log."""
-
-    def step(x, states):
-        h = xp.tanh(xp.log(x) @ p["w"] + states[0] @ p["u"])
-        return h, [h]
-
-    return step
-
-
-def normalising_step(xp, p):
-    """Singular at any constant vector: the derivative of the standard deviation at zero."""
-
-    def step(x, states):
-        centred = x - x.mean(axis=-1, keepdims=True)
-        scaled = centred / xp.sqrt((centred**2).mean(axis=-1, keepdims=True))
-        h = xp.tanh(scaled @ p["w"] + states[0] @ p["u"])
-        return h, [h]
-
-    return step
-
-
-def interval_step(xp, p):
-    """Singular where the input is that of the step before: a quotient and the root of a square."""
-
-    def step(x, states):
-        h, before = states
-        distance = xp.sqrt(((x - before) ** 2).sum(axis=-1, keepdims=True))
-        h = xp.tanh((x / distance) @ p["w"] + h @ p["u"])
-        return h, [h, x]
-
-    return step
-
-
-def undefined_step(xp, p):
-    """Singular below the data, and at zeros, from which the sample without data starts."""
-
-    def step(x, states):
-        direction = states[0] / xp.sqrt((states[0] ** 2).sum(axis=-1, keepdims=True))
-        h = xp.tanh(xp.log(x - 0.25) @ p["w"] + direction @ p["u"])
-        return h, [h]
-
-    return step
-
-
-@pytest.mark.parametrize(
-    ("make_step", "flags"),
-    [
-        (log_step, BLOCKS),
-        (log_step, {}),
-        (normalising_step, BLOCKS | {"unroll": True}),
-        (interval_step, {"go_backwards": True, "remat": True}),
-        (undefined_step, BLOCKS),
-    ],
-)
-def test_gradients_stay_finite_for_a_step_singular_at_the_padding(make_step, flags):
-    rng = np.random.default_rng(1)
-    inputs = rng.uniform(0.5, 2.0, (3, 7, 4)).astype(np.float32)
-    params = {"w": rng.normal(size=(4, 4)).astype(np.float32), "u": np.eye(4, dtype=np.float32)}
-    states = [rng.normal(size=(3, 4)).astype(np.float32)]
-    if make_step is interval_step:
-        states.append(np.zeros((3, 4), np.float32))
-    if make_step is undefined_step:
-        states[0][2] = 0
-    rest = (params, states)
-    backwards = flags.get("go_backwards", False)
-
-    def call(rnn, xp, inputs, rest, **flags):
-        return rnn(make_step(xp, rest[0]), inputs, rest[1], mask=GAPS, **flags)
-
-    @np.errstate(invalid="ignore")  # the reference runs masked steps, too, and throws them away
-    def reference(inputs, rest):
-        return call(reference_rnn, np, inputs, rest, go_backwards=backwards)
-
-    run = results_and_gradients(lambda x, r: call(jaxrnn.rnn, jnp, x, r, **flags))
-    (_, results), gradients = run(with_padding(inputs, GAPS, 0.0), rest)
-    assert_same(results, reference(inputs, rest))
-    expected = numerical_gradient(lambda both: scalar_of(reference(*both), np), (inputs, rest))
-    assert_same(gradients, cast_floats(expected, np.float32), scale=10)
-    for padding in (np.nan, -1.0):
-        (_, padded_results), padded = run(with_padding(inputs, GAPS, padding), rest)
-        assert_identical(padded_results, results)
-        assert_identical(padded, gradients)
-
-
-def test_only_a_step_that_can_be_singular_is_kept_from_held_states():
-    """It costs a selection per state and step: the input's, the new state's, and this one."""
-    params = {"w": np.eye(2, dtype=np.float32), "u": np.eye(2, dtype=np.float32)}
-
-    def selections(make_step):
-        def run(x):
-            step = make_step(jnp, params)
-            return jaxrnn.rnn(step, x, [jnp.ones((3, 2))], mask=GAPS, method="lax")
-
-        jaxpr = jax.make_jaxpr(run)(jnp.ones((3, 7, 2)))
-        return sum(count(body, SELECT) for body in loops(jaxpr.jaxpr))
-
-    def smooth_step(xp, p):
-        def step(x, states):
-            h = xp.tanh(x @ p["w"] + states[0] @ p["u"])
-            return h, [h]
-
-        return step
-
-    assert selections(smooth_step) == 2
-    assert selections(log_step) == 3
-
-
-@pytest.mark.parametrize("make_step", [log_step, normalising_step])
-def test_gradients_stay_finite_when_every_step_of_every_sample_is_masked(make_step):
-    rng = np.random.default_rng(2)
-    params = {"w": rng.normal(size=(4, 4)).astype(np.float32), "u": np.eye(4, dtype=np.float32)}
-    states = [rng.normal(size=(3, 4)).astype(np.float32)]
-
-    def call(inputs, rest):
-        return jaxrnn.rnn(make_step(jnp, rest[0]), inputs, rest[1], mask=np.zeros((3, 7)))
-
-    (_, results), (inputs_gradient, (params_gradient, states_gradient)) = results_and_gradients(
-        call
-    )(np.zeros((3, 7, 4), np.float32), (params, states))
-    last_output, outputs, new_states = results
-    np.testing.assert_array_equal(last_output, states[0])
-    np.testing.assert_array_equal(outputs, np.repeat(states[0][:, None], 7, axis=1))
-    assert_identical(new_states, states)
-    assert not np.any(inputs_gradient)
-    assert not any(np.any(leaf) for leaf in params_gradient.values())
-    expected = numerical_gradient(
-        lambda s: scalar_of((s, np.repeat(s[:, None], 7, axis=1), [s]), np), states[0]
-    )
-    assert_same(states_gradient, [cast_floats(expected, np.float32)])
 
 
 def test_tangents_of_masked_inputs_are_not_felt():
@@ -359,6 +211,14 @@ def test_masks_of_every_form_say_the_same():
         jnp.asarray(GAPS, jnp.bfloat16),
     ):
         assert_identical(case.call(jaxrnn.rnn, jnp, arguments, mask=mask), expected)
+
+
+def test_lengths_may_be_a_list_with_traced_numbers():
+    case = CASES["rank_1_state"]
+    arguments = case.arguments()
+    expected = case.call(jaxrnn.rnn, jnp, arguments, input_length=[7, 2, 0])
+    run = jax.jit(lambda n: case.call(jaxrnn.rnn, jnp, arguments, input_length=[7, n, n - 2]))
+    assert_identical(run(2), expected)
 
 
 def test_a_mask_of_ones_is_no_mask():

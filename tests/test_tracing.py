@@ -98,17 +98,18 @@ def test_a_second_eager_transformation_traces_nothing(transformation):
     assert len(calls) == before
 
 
-def test_constants_that_are_no_arrays_reach_the_step_inside_and_outside_jit():
+def test_unrolled_is_another_program_than_one_step_at_a_time():
+    """As numbers True and 1 are the same."""
+    steps = []
+
     def step(x, states):
-        h, function, name = states
-        assert name == "tanh"
-        h = function(x + h)
-        return h, [h]
+        steps.append(x)
+        return x, [states[0] + x]
 
-    def call(x):
-        return jaxrnn.rnn(step, x, [H], constants=[jnp.tanh, "tanh"])
-
-    assert_same(call(X), jax.jit(call)(X))
+    jaxrnn.rnn(step, X, [H], unroll=1)
+    traced = len(steps)
+    jaxrnn.rnn(step, X, [H], unroll=True)
+    assert len(steps) > traced
 
 
 @pytest.mark.parametrize("make", [cells.simple_rnn, cells.gru, cells.lstm])

@@ -1,0 +1,44 @@
+"""Whether a step can do no harm to gradients at any state.
+
+A masked step is computed and thrown away: its derivative, which may be anything finite, is
+multiplied by zero. It is finite where no operation has a singular point, and where values grow no
+faster than the states do: a state that fits its dtype may have a square that does not.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxrnn._jaxpr import Atom, Var
+from jaxrnn._primitives import BOUNDED, INLINED, PRODUCTS, SMOOTH, mul_p, split_p
+
+_MULTIPLYING = PRODUCTS | {mul_p}
+
+
+def is_smooth(jaxpr: Any, states: int) -> bool:
+    """Whether that holds for a step whose last inputs are its states, so many arrays."""
+    inputs = len(jaxpr.invars) - states
+    return _degrees(jaxpr, [0] * inputs + [1] * states) is not None
+
+
+def _degrees(jaxpr: Any, of_inputs: Sequence[int]) -> list[int] | None:
+    """With what power of the states, at most, each output grows; None if a step is not smooth."""
+    known: dict[Var, int] = dict(zip(jaxpr.invars, of_inputs, strict=True))
+
+    def degree(atom: Atom) -> int:
+        return known.get(atom, 0) if isinstance(atom, Var) else 0
+
+    for equation in jaxpr.eqns:
+        primitive, operands = equation.primitive, [*map(degree, equation.invars)]
+        if primitive in INLINED:
+            inner = _degrees(equation.params[INLINED[primitive]].jaxpr, operands)
+            if inner is None:
+                return None
+            known |= zip(equation.outvars, inner, strict=True)
+            continue
+        if primitive not in SMOOTH and primitive is not split_p():
+            return None
+        grows = sum(operands) if primitive in _MULTIPLYING else max(operands, default=0)
+        if grows > 1:
+            return None
+        known |= dict.fromkeys(equation.outvars, 0 if primitive in BOUNDED else grows)
+    return [degree(atom) for atom in jaxpr.outvars]
