@@ -12,7 +12,7 @@ from jaxrnn._block import Steps
 from jaxrnn._checkpoints import not_to_be_kept
 from jaxrnn._columns import MisfitError
 from jaxrnn._fission import How, Kind, Plan, shrinks
-from jaxrnn._gains import has_one_row, loops_take_all_cores
+from jaxrnn._gains import has_one_row, wants_the_cache
 from jaxrnn._jaxpr import (
     Atom,
     Var,
@@ -250,10 +250,9 @@ def results_block(plan: Plan, steps: Steps, block: int) -> int:
     works at half its speed for about a millisecond, and the loop goes on upon the core that
     finished the pass last. So blocks are to be few: in blocks of 4 MiB instead of 2 MiB, or of 256
     KiB where sums are short, results of 4 to 64 samples were 1.0 to 1.2 times as fast, in blocks of
-    16 to 64 MiB 0.8 to 1.0 times. Or, where there is little to do, small enough for one core. A
-    loop on all cores leaves none idle: LSTM and GRU of 256 units gained 0 to 15 % by 2 MiB.
+    16 to 64 MiB 0.8 to 1.0 times. Or, where there is little to do, small enough for one core.
     """
-    if not steps.adapts or jax.device_count() > 1 or loops_take_all_cores(plan):
+    if not steps.adapts or jax.device_count() > 1 or wants_the_cache(plan):
         return block
     between = max(_bytes_between(plan), _bytes_made(plan) // 4)
     target = (4 << 20) // max(between, 1)

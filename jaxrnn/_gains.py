@@ -135,15 +135,17 @@ def _makes_gates(plan: Plan) -> bool:
     return any(_weights(e, plan) > terms(e) ** 2 for e in products)
 
 
-def loops_take_all_cores(plan: Plan) -> bool:
-    """Whether a product that stays in a loop is shared out among cores; one of a row is not.
+def wants_the_cache(plan: Plan) -> bool:
+    """Whether results are to be in blocks for the cache, and not in long ones that wake no core.
 
-    Nor does a loop with the samples last count, which takes in the pass before it: the variables of
-    such a loop have no time.
+    No core is idle where a product that stays in a loop is shared out among them; one of a row is
+    not. Measured: LSTM and GRU of 256 units were 1.0 to 1.15 times as fast so with wide vectors,
+    and 0.8 to 1.0 times without.
     """
+    if not placement.has_wide_vectors():
+        return False
     products = filter(multiply_adds, plan.in_loops)
-    timed = [e for e in products if all(v in plan.times for v in variables(e.invars))]
-    return any(ON_ONE_CORE < _weights(e, plan) < multiply_adds(e) for e in timed)
+    return any(ON_ONE_CORE < _weights(e, plan) < multiply_adds(e) for e in products)
 
 
 def _weights(equation: Equation, plan: Plan) -> int:

@@ -120,7 +120,7 @@ def in_one_loop(plan: Plan, steps: Steps) -> Plan | None:
     return plan._replace(
         invariant=_with(plan.invariant, turned.consts),
         stages=(Stage(program.cut((), (), ()), turned.loop), *after),
-        times=times | {each.variable: -1 for each in turned.consts},
+        times=times | _times(turned, 1),
     )
 
 
@@ -134,11 +134,21 @@ def in_loops(plan: Plan, steps: Steps) -> Plan:
         if turned is None:
             stages.append(stage)
             continue
+        assert stage.loop is not None
+        when = max(times[v] for v in variables(stage.loop.program.outvars))
+        times |= _times(turned, when)
         invariant = _with(invariant, turned.consts)
         stages.append(Stage(_with(stage.program, turned.rows), turned.loop))
-        times |= {each.variable: -1 for each in turned.consts}
-        times |= {each.variable: 0 for each in turned.rows}
     return plan._replace(invariant=invariant, stages=tuple(stages), times=times)
+
+
+def _times(turned: _Turning, when: int) -> dict[Var, int]:
+    """The times of what is new with a loop that runs at `when`."""
+    program, count = turned.loop.program, len(turned.loop.consts)
+    inside = [*program.invars, *(v for e in program.equations for v in e.outvars)]
+    new = dict.fromkeys(inside, when) | dict.fromkeys(program.invars[:count], -1)
+    new |= {each.variable: -1 for each in turned.consts}
+    return new | {each.variable: when - 1 for each in turned.rows}
 
 
 def _with(program: Program, derived: Sequence[_Derived]) -> Program:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxrnn
-from jaxrnn import _gains
+from jaxrnn import _gains, _placement
 
 B, T, D, H, V = 8, 24, 16, 32, 4
 
@@ -228,9 +228,14 @@ def test_results_are_in_longer_blocks_than_gradients():
     assert blocks(1024, features=2) == 64
 
 
-@pytest.mark.parametrize(("units", "longer"), [(128, True), (256, False)])
-def test_results_are_in_no_longer_blocks_where_the_loop_takes_all_cores(units, longer):
+@pytest.mark.parametrize(
+    ("units", "wide", "longer"), [(128, True, True), (256, True, False), (256, False, True)]
+)
+def test_results_are_in_no_longer_blocks_where_the_loop_takes_all_cores(
+    units, wide, longer, monkeypatch
+):
     """XLA shares out a product with more than 2**16 weights; then no core is idle in the loop."""
+    monkeypatch.setattr(_placement, "has_wide_vectors", lambda: wide)
     cell = jaxrnn.cells.lstm(units)
     params, states = cell.init(jax.random.key(0), units), cell.initial_states(8)
     report = jaxrnn.explain(cell.step(params), jnp.ones((8, 512, units)), states).splitlines()

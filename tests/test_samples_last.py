@@ -12,7 +12,7 @@ from jax import lax
 from structure import DOT, count, innermost_loops, loops, products_in_innermost_loops
 
 import jaxrnn
-from jaxrnn import _passes
+from jaxrnn import _passes, _recurrence
 
 TIME = 3
 
@@ -216,6 +216,25 @@ def test_results_are_one_loop_and_a_readout_is_a_pass():
 
     assert products(lstm) == ([2], 2, 1)
     assert products(readout) == ([2], 3, 1)  # so short, it is one block
+
+
+def test_the_times_of_all_that_is_turned_are_known(monkeypatch):
+    """Whoever asks for the weights of a product looks for what has no time."""
+    plans = []
+
+    def listen(plan, steps, block):
+        plans.append(plan)
+        return block
+
+    monkeypatch.setattr(_recurrence, "results_block", listen)
+    jax.make_jaxpr(functools.partial(results, jaxrnn.scan, readout))(*operands(readout, 32, 256))
+    (plan,) = plans
+    (loop,) = plan.loops
+    assert loop.form is not None
+    products = [e for e in plan.in_loops if e.primitive is DOT]
+    assert [plan.times[e.invars[1]] for e in products] == [-1, -1]
+    assert all(plan.times[v] == 1 for e in plan.in_loops for v in e.outvars)
+    assert all(plan.times[v] == -1 for v in loop.consts)
 
 
 def test_compiled_the_matrix_is_on_the_left_as_it_lies():
