@@ -5,7 +5,6 @@ they lie. Each error names the argument or the path of the state in question, wh
 expected, and the remedy.
 """
 
-import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -104,11 +103,14 @@ def checked_step(step_function: Step, states: PyTree, constants: PyTree) -> Step
 def _types(**values: PyTree) -> str:
     """The name and type of each array, a line each."""
 
-    def line(path: Any, leaf: Any) -> str:
-        kind = f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "dtype") else _describe(leaf)
-        return f"  {path[0].key}{jax.tree_util.keystr(path[1:])}: {kind}"
+    def kind(leaf: Any) -> str:
+        is_array = isinstance(leaf, jax.Array)
+        return f"{leaf.dtype}{list(leaf.shape)}" if is_array else _describe(leaf)
 
-    return "\n".join(itertools.starmap(line, jax.tree_util.tree_leaves_with_path(values)))
+    leaves = jax.tree_util.tree_leaves_with_path(values)
+    return "\n".join(
+        f"  {path[0].key}{jax.tree_util.keystr(path[1:])}: {kind(leaf)}" for path, leaf in leaves
+    )
 
 
 def is_sequence(states: PyTree) -> bool:
@@ -344,7 +346,7 @@ def _structure(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> An
 
 def _describe(value: Any) -> str:
     """`value` in a few words: what a user needs to recognise it."""
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
+    if isinstance(value, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
         return f"an array of shape {value.shape} and dtype {value.dtype}"
     if value is None or isinstance(value, int | float):
         return repr(value)

@@ -64,7 +64,8 @@ def rnn(
             valid step that is `initial_states[0]` if this has the structure and shapes of the
             output, else zeros. Masked inputs may hold anything, NaN included, without a trace in
             results or gradients.
-        constants: list or tuple of arrays or pytrees handed to every step after the states.
+        constants: list or tuple of arrays or pytrees handed to every step after the states; numbers
+            come as arrays, and what is no number as it is.
         unroll: True to unroll the loop, or an integer n for n steps per iteration. Never changes a
             result.
         input_length: integer, or integers `[B]`: steps at `t >= input_length` (as stored, before

@@ -84,7 +84,7 @@ def test_nor_does_it_hide_the_error_of_a_step():
         raise KeyError("mine")
 
     with pytest.raises(KeyError, match="mine") as caught:
-        jaxrnn.rnn(step, X, [H], constants=[both, 0.5])
+        jaxrnn.rnn(step, X, [H], constants=[both, 0.5, jnp.float32])
     note = caught.value.__notes__[0]
     assert "states[1]: a function" in note
     assert "states[2]: float32[]" in note
