@@ -102,7 +102,8 @@ def _blocks_of_threads(plan: Plan) -> int:
 
 
 def _samples(plan: Plan) -> int:
-    return max((shape(v)[0] for v in plan.carries if shape(v)), default=1)
+    first = (shape(v)[0] for v in plan.carries if shape(v))
+    return max(first, key=lambda n: n if isinstance(n, int) else math.inf, default=1)
 
 
 def steps_of(

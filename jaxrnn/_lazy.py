@@ -143,9 +143,10 @@ class Product(Value):
         cuts = columns(equation)
         is_small = size_in_bytes(equation.invars[0]) <= 1 << 15
         is_narrow = any(stop - start < self.least for start, stop in cuts or ())
-        if self.time > 0 or cuts is None or is_small or is_narrow:
-            return super().arranged(equation)
         axis = 1 - self.equation.params["dimension_numbers"][0][1][0]
+        is_repeated = self.rhs.shape[axis] != shape(equation.invars[0])[-1]
+        if self.time > 0 or cuts is None or is_small or is_narrow or is_repeated:
+            return super().arranged(equation)
         parts = ranges(self.rhs, cuts, axis)
         return [Product(self.lhs, part, self.equation, self.least) for part in parts]
 

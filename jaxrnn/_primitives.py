@@ -50,6 +50,9 @@ RANDOM = frozenset(
 )
 PINNED = frozenset({cond_p, p.while_p, p.rng_bit_generator_p, p.rng_uniform_p, p.custom_lin_p})
 OWN_RULES = frozenset({p.custom_jvp_call_p, p.custom_vjp_call_p})
+# Once is not the same as at each step, even of the same operands: a backward rule need not be
+# linear, as one that clips.
+ANEW = frozenset({p.custom_lin_p, p.custom_vjp_call_p, p.rng_uniform_p})
 PRODUCTS = frozenset({p.dot_general_p, p.conv_general_dilated_p})
 FACTORISATIONS = frozenset({p.cholesky_p, p.eig_p, p.eigh_p, p.lu_p, p.qr_p, p.svd_p})
 HEAVY = (

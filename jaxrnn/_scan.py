@@ -42,6 +42,7 @@ from jaxrnn._passes import time_first, time_on
 from jaxrnn._placement import is_lone_cpu
 from jaxrnn._recurrence import Results, run_split, run_with_derivative_of
 from jaxrnn._samples_last import in_one_loop
+from jaxrnn._schedule import is_anew
 from jaxrnn._shared import share
 from jaxrnn._vmapped import scan_samples
 
@@ -318,6 +319,9 @@ def split_body(
     body = simplify(traced.program, len(traced.consts), len(carry), example)
     consts = (*body.consts, *traced.consts)
     plan = fission(body.program, len(consts), len(carry))
+    anew = filter(is_anew, body.program.equations)
+    if any(plan.times[v] == -1 for e in anew for v in e.outvars):
+        return "what is the same at all steps has a backward rule of its own, to be called at each"
     how: How = "fused" if fits_kernel(plan, method) else "sequential"
     how = "parallel" if is_parallel(plan, method) else how
     if method == "auto" and how == "sequential":

@@ -321,7 +321,7 @@ def _copies(equation: Equation) -> bool:
     rank, whole = len(shape(equation.invars[0])), shape(equation.outvars[0])
     axes = tuple(equation.params["broadcast_dimensions"])
     stays = shape(equation.invars[0]) == whole[1:] and axes == tuple(range(1, rank + 1))
-    return rank > 0 and stays and whole[0] > 1
+    return rank > 0 and stays and isinstance(whole[0], int) and whole[0] > 1
 
 
 def _repeated(value: Any) -> Any:

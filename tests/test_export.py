@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import CASES, assert_same, reference_rnn
-from jax import export
+from jax import export, lax
 
 import jaxrnn
 
@@ -113,3 +113,41 @@ def test_symbolic_batch_alone(gradient):
         arguments = (w, inputs, rng.random((samples, time)) < 0.6)
         expected = run(functools.partial(reference_rnn, xp=jnp), *arguments)
         assert_same(exported.call(*arguments), expected, scale=10)
+
+
+def kept_average(carry, x, w):
+    h, average = carry
+    h = jnp.tanh(x @ w + h @ w)
+    return (h, 0.9 * average + 0.1 * h.mean(0)), h
+
+
+def repeated_start(carry, x, w):
+    (h,) = carry
+    start = jnp.broadcast_to(w[0], h.shape)
+    scores = jnp.einsum("bi,bi->b", h, start)
+    h = jnp.where(scores[:, None] > 0, jnp.tanh(x @ w + h @ w), start)
+    return (h,), h
+
+
+@pytest.mark.parametrize("step", [kept_average, repeated_start])
+def test_a_symbolic_batch_beside_what_has_none(step):
+    units, time = 48, 6
+    w = np.float32(0.2 * np.random.default_rng(0).normal(size=(units, units)))
+
+    def run(scan, w, xs):
+        def loss(w):
+            start = [jnp.zeros(xs.shape[1:]), jnp.zeros(units)]
+            carry = tuple(start[: 2 if step is kept_average else 1])
+            carry, ys = scan(lambda carry, x: step(carry, x, w), carry, xs)
+            return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves((carry, ys)))
+
+        return jax.grad(loss)(w)
+
+    xs = jax.ShapeDtypeStruct((time, *export.symbolic_shape("b"), units), jnp.float32)
+    ours = functools.partial(jaxrnn.scan, method="sequential")
+    exported = export.export(jax.jit(functools.partial(run, ours)))(w, xs)
+    for samples in (1, 3):
+        xs = np.float32(np.random.default_rng(1).normal(size=(time, samples, units)))
+        assert_same(
+            exported.call(w, xs), jax.jit(functools.partial(run, lax.scan))(w, xs), scale=20
+        )

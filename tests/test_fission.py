@@ -344,3 +344,24 @@ def test_exponentials_are_made_once_for_a_gradient(samples):
 
     assert in_loops(of) == [1]
     assert in_loops(lambda *a: jax.vjp(of, *a)[0])[0] == 0
+
+
+def test_one_column_for_all_gates_is_repeated_and_not_cut():
+    """A product of one column, added to many by broadcasting, before they are cut into gates."""
+    samples, units, features = 64, 128, 3
+    draw = np.random.default_rng(0).standard_normal
+    u, v = (np.float32(0.1 * draw(s)) for s in ((units, 4 * units), (features, 1)))
+    xs, init = (np.float32(draw(s)) for s in ((4, samples, features), (samples, units)))
+
+    def run(scan, u, v):
+        def body(h, x):
+            i, f, g, o = jnp.split(h @ u + x @ v, 4, axis=-1)
+            h = jnp.tanh(i) * jnp.tanh(f) + jnp.tanh(g) * jnp.tanh(o)
+            return h, h
+
+        return scan(body, init, xs)
+
+    ours = functools.partial(jaxrnn.scan, method="sequential")
+    assert_same(
+        jax.jit(run, static_argnums=0)(ours, u, v), jax.jit(run, static_argnums=0)(lax.scan, u, v)
+    )

@@ -117,6 +117,17 @@ def custom_vjp_of_products(p):
     return f
 
 
+@body(consts=layer(), init=state(), forward=False)
+def clipped_gradient_of_weights(p):
+    """What is clipped at each step is something else than what is clipped of a sum."""
+
+    def f(h, x):
+        h = jnp.tanh(x @ jax.jit(clipped_gradient)(p["w"]) + h @ clipped_gradient(p["u"]))
+        return h, h @ p["u"]
+
+    return f
+
+
 @body(consts=layer(), init=state())
 def inner_scan(p):
     """Pondering: the recurrent product three times at each step, and a scan over the input."""
