@@ -33,6 +33,7 @@ from jaxrnn._scan import (
     trace_body,
     way_of_gradient,
 )
+from jaxrnn._unchanged import without_unchanged
 
 Array = jax.Array
 PyTree = Any
@@ -143,6 +144,8 @@ def _report(body: Body, init: PyTree, xs: PyTree, options: ScanOptions) -> list[
     if not time:
         return _plain(time, "", "there is nothing to do")
     found = trace_body(body, init, xs, method)
+    if not isinstance(found, str) and (varying := without_unchanged(body, init, *found[:2])):
+        return _report(varying.f, varying.init, xs, options)
     split = found if isinstance(found, str) else split_body(*found, method, time, chunk)
     if isinstance(found, str) or isinstance(split, str):
         blocks = ""

@@ -25,9 +25,7 @@ from jaxrnn._eager import is_jit_disabled, run_compiled
 from jaxrnn._fission import How, Plan, fission
 from jaxrnn._gains import only_for_gradients
 from jaxrnn._jaxpr import (
-    Atom,
     Traced,
-    Var,
     dtype,
     is_heavy,
     is_movable,
@@ -44,6 +42,7 @@ from jaxrnn._recurrence import Results, run_split, run_with_derivative_of
 from jaxrnn._samples_last import in_one_loop
 from jaxrnn._schedule import is_anew
 from jaxrnn._shared import share
+from jaxrnn._unchanged import old_and_new, without_unchanged
 from jaxrnn._vmapped import scan_samples
 
 Array = jax.Array
@@ -157,15 +156,9 @@ def _scan_along(
     options = options._replace(length=time)
     body = trace_body(f, init, xs, method)
     if not isinstance(body, str):
-        traced, first, _ = body
-
-        def again(f: Body, init: PyTree, xs: PyTree, axes: PyTree) -> Any:
-            return scan_along(f, init, xs, axes, 0, options)
-
-        is_kernel = functools.partial(_is_kernel, body, method, time, chunk)
-        outs = scan_samples(traced.program, traced.consts, first, lying, axes, is_kernel, again)
-        if outs is not None:
-            return _as_traced(outs, traced), 0
+        given = [jax.tree.unflatten(tree, leaves) for leaves in (lying, axes)]
+        if done := _otherwise(f, init, given[0], given[1], ys_axis, options, body):
+            return done
     split = body if isinstance(body, str) else split_body(*body, method, time, chunk)
     if isinstance(split, str) and (not remat or has_effects(f, init, xs)):
         return lax.scan(f, init, xs, length, reverse, unroll), 0
@@ -180,6 +173,30 @@ def _scan_along(
     axis = ys_axis if is_lone_cpu() else 0
     ys_axes = [axis] * (len(body[0].program.outvars) - len(split.carry))
     return _as_traced(_run(split, lying, Axes(axes, ys_axes), options), body[0]), axis
+
+
+def _otherwise(
+    f: Body,
+    init: PyTree,
+    xs: PyTree,
+    axes: PyTree,
+    ys_axis: int,
+    options: ScanOptions,
+    body: tuple[Traced, list[Array], list[Any]],
+) -> tuple[tuple[PyTree, PyTree], int] | None:
+    """As `_scan_along`, by a scan of another body, if there is one that is better taken apart."""
+    if varying := without_unchanged(f, init, *body[:2]):
+        (moving, ys), axis = _scan_along(varying.f, varying.init, xs, axes, ys_axis, options)
+        return (varying.whole(moving), ys), axis
+    traced, first, _ = body
+
+    def again(f: Body, init: PyTree, xs: PyTree, axes: PyTree) -> Any:
+        return scan_along(f, init, xs, axes, 0, options)
+
+    is_kernel = functools.partial(_is_kernel, body, options.method, options.length, options.chunk)
+    lying, places = jax.tree.leaves(xs), jax.tree.leaves(axes)
+    outs = scan_samples(traced.program, traced.consts, first, lying, places, is_kernel, again)
+    return None if outs is None else (_as_traced(outs, traced), 0)
 
 
 def _run(split: Split, xs: list[Array], axes: Axes, options: ScanOptions) -> list[Array]:
@@ -265,7 +282,7 @@ def trace_body(
     program = traced.program
     changes = any(
         kind(old) != kind(new) or (is_weak(new) and not is_weak(old))
-        for old, new in _old_and_new(traced, len(carry))
+        for old, new in old_and_new(traced, len(carry))
     )
     if traced.has_effects and method in ("fused", "parallel"):
         raise ValueError(f"method={method!r}: the step has effects (a print, a collective, ...).")
@@ -291,14 +308,8 @@ def _made_strong(carry: list[Any], traced: Traced, *, of_its_dtype: bool) -> lis
         lax.convert_element_type(c, dtype(new))
         if is_weak(old) and not is_weak(new) and (dtype(old) == dtype(new)) == of_its_dtype
         else c
-        for c, (old, new) in zip(carry, _old_and_new(traced, len(carry)), strict=True)
+        for c, (old, new) in zip(carry, old_and_new(traced, len(carry)), strict=True)
     ]
-
-
-def _old_and_new(traced: Traced, carry: int) -> list[tuple[Var, Atom]]:
-    """The carry as a body gets it and as it gives it."""
-    olds = traced.program.invars[len(traced.consts) :][:carry]
-    return list(zip(olds, traced.program.outvars, strict=False))
 
 
 def split_body(

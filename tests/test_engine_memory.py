@@ -309,3 +309,28 @@ def test_inputs_are_not_turned_as_a_whole():
     assert f"f32[{batch},{time},{features}]" in text
     for turned in ([time, batch, features], [time // chunk, chunk, batch, features]):
         assert f"f32[{','.join(map(str, turned))}]" not in text
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_weights_in_the_carry_are_not_kept_step_by_step(remat):
+    """As module libraries have them; and what meets them leaves the loop."""
+
+    def saved(time, in_carry):
+        w, h = jnp.ones((64, 64)) / 64, jnp.ones((8, 64))
+
+        def loss(w):
+            def closing(h, x):
+                return jnp.tanh(x @ w + h @ w), None
+
+            def carrying(carry, x):
+                w, h = carry
+                return (w, jnp.tanh(x @ w + h @ w)), None
+
+            body, init = (carrying, (w, h)) if in_carry else (closing, h)
+            last, _ = jaxrnn.scan(body, init, jnp.ones((time, 8, 64)), remat=remat)
+            return jax.tree.leaves(last)[-1].sum()
+
+        _, backward = jax.vjp(loss, w)
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(backward))
+
+    assert saved(64, True) == saved(64, False)
