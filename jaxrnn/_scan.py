@@ -156,8 +156,11 @@ def _scan_along(
     options = options._replace(length=time)
     body = trace_body(f, init, xs, method)
     if not isinstance(body, str):
-        given = [jax.tree.unflatten(tree, leaves) for leaves in (lying, axes)]
-        if done := _otherwise(f, init, given[0], given[1], ys_axis, options, body):
+
+        def of_leaves(carry: PyTree, row: list[Any]) -> tuple[PyTree, PyTree]:
+            return f(carry, jax.tree.unflatten(tree, row))
+
+        if done := _otherwise(of_leaves, init, lying, axes, ys_axis, options, body):
             return done
     split = body if isinstance(body, str) else split_body(*body, method, time, chunk)
     if isinstance(split, str) and (not remat or has_effects(f, init, xs)):
@@ -178,13 +181,16 @@ def _scan_along(
 def _otherwise(
     f: Body,
     init: PyTree,
-    xs: PyTree,
-    axes: PyTree,
+    xs: list[Array],
+    axes: list[int],
     ys_axis: int,
     options: ScanOptions,
     body: tuple[Traced, list[Array], list[Any]],
 ) -> tuple[tuple[PyTree, PyTree], int] | None:
-    """As `_scan_along`, by a scan of another body, if there is one that is better taken apart."""
+    """As `_scan_along`, by a scan of another body, if there is one that is better taken apart.
+
+    Of inputs here are the leaves: a class among their nodes may refuse to hold axes.
+    """
     if varying := without_unchanged(f, init, *body[:2]):
         (moving, ys), axis = _scan_along(varying.f, varying.init, xs, axes, ys_axis, options)
         return (varying.whole(moving), ys), axis
@@ -194,8 +200,7 @@ def _otherwise(
         return scan_along(f, init, xs, axes, 0, options)
 
     is_kernel = functools.partial(_is_kernel, body, options.method, options.length, options.chunk)
-    lying, places = jax.tree.leaves(xs), jax.tree.leaves(axes)
-    outs = scan_samples(traced.program, traced.consts, first, lying, places, is_kernel, again)
+    outs = scan_samples(traced.program, traced.consts, first, xs, axes, is_kernel, again)
     return None if outs is None else (_as_traced(outs, traced), 0)
 
 
