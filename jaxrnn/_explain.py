@@ -24,7 +24,6 @@ from jaxrnn._primitives import cond_p, scan_p
 from jaxrnn._recurrence import run_split
 from jaxrnn._samples_last import in_one_loop
 from jaxrnn._scan import (
-    Body,
     Split,
     Way,
     has_effects,
@@ -33,7 +32,7 @@ from jaxrnn._scan import (
     trace_body,
     way_of_gradient,
 )
-from jaxrnn._unchanged import without_unchanged
+from jaxrnn._unchanged import Body, without_unchanged
 
 Array = jax.Array
 PyTree = Any

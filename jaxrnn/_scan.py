@@ -42,12 +42,11 @@ from jaxrnn._recurrence import Results, run_split, run_with_derivative_of
 from jaxrnn._samples_last import in_one_loop
 from jaxrnn._schedule import is_anew
 from jaxrnn._shared import share
-from jaxrnn._unchanged import old_and_new, without_unchanged
+from jaxrnn._unchanged import Body, old_and_new, without_unchanged
 from jaxrnn._vmapped import scan_samples
 
 Array = jax.Array
 PyTree = Any
-Body = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
 
 
 def scan(
@@ -337,7 +336,7 @@ def split_body(
     plan = fission(body.program, len(consts), len(carry))
     anew = filter(is_anew, body.program.equations)
     if any(plan.times[v] == -1 for e in anew for v in e.outvars):
-        return "what is the same at all steps has a backward rule of its own, to be called at each"
+        return "what is the same at all steps has a backward rule, or draws, to be run at each"
     how: How = "fused" if fits_kernel(plan, method) else "sequential"
     how = "parallel" if is_parallel(plan, method) else how
     if method == "auto" and how == "sequential":
