@@ -130,7 +130,7 @@ def inline(program: Program, *args: Any, apply: Callable[..., list[Any]] = bind)
     """
     env = dict(zip(program.invars, args, strict=True))
     for equation in program.equations:
-        if not equation.outvars:  # without effects it does nothing
+        if not equation.outvars and not equation.effects:
             continue
         values = [read(env, atom) for atom in equation.invars]
         if equation.primitive in INLINED:
@@ -309,8 +309,10 @@ def multiply_adds(equation: Equation) -> int:
 def product_options(equation: Equation, *, swapped: bool) -> dict[str, Any]:
     """The parameters of a matrix product but for its axes; with its operands `swapped`."""
     options = {name: x for name, x in equation.params.items() if name != "dimension_numbers"}
-    if swapped and isinstance(options["precision"], tuple):
-        options["precision"] = options["precision"][::-1]
+    precision = options["precision"]
+    if swapped and isinstance(precision, tuple):  # of each operand; more in a `DotAlgorithm`
+        make = getattr(precision, "_make", tuple)
+        options["precision"] = make((precision[1], precision[0], *precision[2:]))
     return options
 
 

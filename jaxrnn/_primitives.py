@@ -18,6 +18,8 @@ cond_p = p.cond_p
 conv_general_dilated_p = p.conv_general_dilated_p
 convert_element_type_p = p.convert_element_type_p
 copy_p = p.copy_p
+custom_lin_p = p.custom_lin_p
+custom_vjp_call_p = p.custom_vjp_call_p
 div_p = p.div_p
 dot_general_p = p.dot_general_p
 eq_p = p.eq_p
@@ -33,6 +35,7 @@ reduce_max_p = p.reduce_max_p
 reduce_sum_p = p.reduce_sum_p
 remat_p = p.remat_p
 reshape_p = p.reshape_p
+rng_uniform_p = p.rng_uniform_p
 scan_p = p.scan_p
 select_n_p = p.select_n_p
 slice_p = p.slice_p
@@ -48,11 +51,8 @@ LISTED = frozenset(value for name, value in vars(p).items() if name.endswith("_p
 RANDOM = frozenset(
     {p.random_gamma_p, random_bits_p, random_fold_in_p, random_split_p, threefry2x32_p}
 )
-PINNED = frozenset({cond_p, p.while_p, p.rng_bit_generator_p, p.rng_uniform_p, p.custom_lin_p})
-OWN_RULES = frozenset({p.custom_jvp_call_p, p.custom_vjp_call_p})
-# Once is not the same as at each step, even of the same operands: a backward rule need not be
-# linear, as one that clips.
-ANEW = frozenset({p.custom_lin_p, p.custom_vjp_call_p, p.rng_uniform_p})
+PINNED = frozenset({cond_p, p.while_p, p.rng_bit_generator_p, rng_uniform_p, custom_lin_p})
+OWN_RULES = frozenset({p.custom_jvp_call_p, custom_vjp_call_p})
 PRODUCTS = frozenset({p.dot_general_p, p.conv_general_dilated_p})
 FACTORISATIONS = frozenset({p.cholesky_p, p.eig_p, p.eigh_p, p.lu_p, p.qr_p, p.svd_p})
 HEAVY = (

@@ -93,21 +93,23 @@ def run_with_derivative_of(
     def results(*operands: list[Array]) -> Results:
         return run(*operands)
 
-    def rule(primals: Any, tangents: Any) -> Any:
-        values, tree = jax.tree.flatten(primals)
-        slopes = jax.tree.leaves(tangents)
-        moving = [i for i, slope in enumerate(slopes) if is_moving(slope)]
-
-        def of(*moved: Array) -> Results:
-            given = dict(zip(moving, moved, strict=True))
-            every = [given.get(i, value) for i, value in enumerate(values)]
-            return other(*jax.tree.unflatten(tree, every))
-
-        outs, made = jax.jvp(of, [values[i] for i in moving], [slopes[i] for i in moving])
-        return outs, jax.tree.map(_as_symbolic, outs, made)
-
-    results.defjvp(rule, symbolic_zeros=True)
+    results.defjvp(functools.partial(_derivative, other), symbolic_zeros=True)
     return results(*operands)
+
+
+def _derivative(f: Callable[..., Results], primals: Any, tangents: Any) -> tuple[Results, Any]:
+    """As `jax.jvp`, but zeros among the tangents are symbolic."""
+    values, tree = jax.tree.flatten(primals)
+    slopes = jax.tree.leaves(tangents)
+    moving = [i for i, slope in enumerate(slopes) if is_moving(slope)]
+
+    def of(*moved: Array) -> Results:
+        given = dict(zip(moving, moved, strict=True))
+        every = [given.get(i, value) for i, value in enumerate(values)]
+        return f(*jax.tree.unflatten(tree, every))
+
+    outs, made = jax.jvp(of, [values[i] for i in moving], [slopes[i] for i in moving])
+    return outs, jax.tree.map(_as_symbolic, outs, made)
 
 
 def _as_symbolic(primal: Array, tangent: Any) -> Any:
@@ -166,6 +168,11 @@ def _run(
         length = results_block(chosen, steps, block) if kind == "results" else block
         return run_in_place(chosen, consts, carry, xs, axes, steps, length)
 
+    def step_by_step(consts: list[Array], carry: list[Array], xs: list[Array]) -> Results:
+        rows = list(map(time_first, xs, axes.xs))
+        last, ys = run_plain(program, consts, carry, rows, steps)
+        return last, list(map(time_on, ys, axes.ys))
+
     def rule(primals: Any, tangents: Any) -> Any:
         consts, carry, xs = primals
         held = residuals(program, tangents, steps.forgets)
@@ -174,6 +181,8 @@ def _run(
         if any(map(has_own_rule, program.equations)):
             example = [row_of(x, axis, 0) for x, axis in zip(xs, axes.xs, strict=True)]
             traced = _as_differentiated(keeping, *consts, *carry, *example)
+            if traced.has_effects:
+                return _derivative(step_by_step, primals, tangents)
             keeping, given = traced.program, [*traced.consts, *consts]
         ys_axes = [*axes.ys, *[0] * (len(held.rows) - len(axes.ys))]
         lying = Axes(axes.xs, ys_axes)

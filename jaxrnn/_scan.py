@@ -10,6 +10,7 @@ from jax import lax
 
 from jaxrnn._affine import is_parallel
 from jaxrnn._algebra import simplify
+from jaxrnn._anew import is_anew
 from jaxrnn._block import Axes, Steps, over_blocks, run_plain
 from jaxrnn._checkpoints import through_checkpoints
 from jaxrnn._choice import (
@@ -40,7 +41,6 @@ from jaxrnn._passes import time_first, time_on
 from jaxrnn._placement import is_lone_cpu
 from jaxrnn._recurrence import Results, run_split, run_with_derivative_of
 from jaxrnn._samples_last import in_one_loop
-from jaxrnn._schedule import is_anew
 from jaxrnn._shared import share
 from jaxrnn._unchanged import Body, old_and_new, without_unchanged
 from jaxrnn._vmapped import scan_samples
@@ -334,8 +334,7 @@ def split_body(
     body = simplify(traced.program, len(traced.consts), len(carry), example)
     consts = (*body.consts, *traced.consts)
     plan = fission(body.program, len(consts), len(carry))
-    anew = filter(is_anew, body.program.equations)
-    if any(plan.times[v] == -1 for e in anew for v in e.outvars):
+    if any(map(is_anew, plan.invariant.equations)):
         return "what is the same at all steps has a backward rule, or draws, to be run at each"
     how: How = "fused" if fits_kernel(plan, method) else "sequential"
     how = "parallel" if is_parallel(plan, method) else how

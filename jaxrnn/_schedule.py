@@ -22,7 +22,6 @@ from jaxrnn._jaxpr import (
     Program,
     Var,
     dependents,
-    inner_equations,
     is_heavy,
     is_movable,
     is_transcendental,
@@ -30,7 +29,7 @@ from jaxrnn._jaxpr import (
     size,
     variables,
 )
-from jaxrnn._primitives import ANEW, TRIGONOMETRIC
+from jaxrnn._primitives import TRIGONOMETRIC
 
 
 def schedule(body: Program, consts: int, carry: int) -> dict[Var, int]:
@@ -73,11 +72,6 @@ def carry_times(body: Program, consts: int, carry: int) -> list[int]:
     """The time of each carry: which loop runs it."""
     times = schedule(body, consts, carry)
     return [times[v] for v in body.invars[consts : consts + carry]]
-
-
-def is_anew(equation: Equation) -> bool:
-    """Whether `equation` has to run at each step, even if it is given the same at all of them."""
-    return equation.primitive in ANEW or any(map(is_anew, inner_equations(equation)))
 
 
 def is_a_loop(time: int) -> bool:

@@ -52,6 +52,7 @@ ONE_PRODUCT = [
     "layer_norm",
     "no_output",
     "precisions",
+    "quantised_weights",
     "swapped_each_step",
     "vectors",
     "weight_normalised",

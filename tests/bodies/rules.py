@@ -128,6 +128,26 @@ def clipped_gradient_of_weights(p):
     return f
 
 
+@jax.custom_vjp
+def quantised(w):
+    """Weights of few bits, whose gradient is that of the weights themselves within a range."""
+    return jnp.round(8 * jnp.clip(w, -1, 1)) / 8
+
+
+quantised.defvjp(
+    lambda w: (quantised(w), jnp.abs(w) <= 1), lambda inside, g: (jnp.where(inside, g, 0),)
+)
+
+
+@body(consts=layer(), init=state(), forward=False)
+def quantised_weights(p):
+    def f(h, x):
+        h = jnp.tanh(x @ jax.jit(quantised)(3 * p["w"]) + h @ quantised(3 * p["u"]))
+        return h, h @ p["u"]
+
+    return f
+
+
 @body(consts=layer(), init=state())
 def inner_scan(p):
     """Pondering: the recurrent product three times at each step, and a scan over the input."""
