@@ -38,6 +38,12 @@ from jaxrnn._primitives import (
 Array = jax.Array
 
 
+def has_backward_rule(equation: Equation) -> bool:
+    """Whether `equation` calls a `custom_vjp` function."""
+    inside = inner_equations(equation)
+    return equation.primitive is custom_vjp_call_p or any(map(has_backward_rule, inside))
+
+
 def is_anew(equation: Equation) -> bool:
     """Whether `equation` has to run at each step."""
     if equation.primitive is custom_vjp_call_p and not _has_linear_rule(equation):

@@ -103,7 +103,7 @@ def _blocks_of_threads(plan: Plan) -> int:
 
 def _samples(plan: Plan) -> int:
     first = (shape(v)[0] for v in plan.carries if shape(v))
-    return max(first, key=lambda n: n if isinstance(n, int) else math.inf, default=1)
+    return max((n if isinstance(n, int) else 1 << 30 for n in first), default=1)  # symbolic: many
 
 
 def steps_of(
@@ -125,7 +125,7 @@ def steps_of(
     is_filled_up = how == "fused" and time * _filled_up(plan) > 1 << 30
     whole = on_gpu and chunk == "auto" and not is_filled_up
     if on_gpu and unroll is not True and unroll <= 1:
-        unroll = max(1, min(8, 512 // len(plan.body.equations)))
+        unroll = max(1, min(8, 512 // max(len(plan.body.equations), 1)))
     over_states = block_length(chunk, False, time, plan, how, over_states=True)
     adapts = chunk == "auto" and not on_gpu and how != "parallel"
     return Steps(time, reverse, unroll, how, whole, adapts, over_states)
@@ -165,7 +165,7 @@ def block_length(
     per_step //= devices  # as if split over all
     if placement.gpu() is not None:
         # Each block costs launches, and nothing is gained by staying in the cache.
-        per_step = max(per_step, _filled_up(plan) * (how == "fused"))
+        per_step = max(per_step, _filled_up(plan) if how == "fused" else 0)
         return _near_divisor(time, max(64, (256 << 20) // max(per_step, 1)))
     # Over several devices each block costs a reduction, too.
     least, whole = (4, 0) if devices == 1 else (8, 6 << 20)

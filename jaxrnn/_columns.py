@@ -55,7 +55,7 @@ def in_columns(program: Program, *args: Array) -> list[Array]:
             return env[v]
         if equation is None:
             return lax.slice_in_dim(env[v], start, stop, axis=-1)
-        cut, source = _cut_of(equation, v), next(iter(equation.invars), None)
+        cut, source = cut_of(equation, v), next(iter(equation.invars), None)
         if cut is not None and isinstance(source, Var):
             return columns(source, cut[0] + start, cut[0] + stop)
         if equation.primitive is dot_general_p:
@@ -87,7 +87,7 @@ def in_columns(program: Program, *args: Array) -> list[Array]:
         raise MisfitError(f"it cuts the result of '{equation.primitive}' in pieces")
 
     for equation in program.equations:
-        cuts = [_cut_of(equation, v) for v in equation.outvars]
+        cuts = [cut_of(equation, v) for v in equation.outvars]
         source = next(iter(equation.invars), None)
         if None not in cuts and isinstance(source, Var):
             results = [columns(source, *cut) for cut in cuts if cut is not None]
@@ -110,7 +110,7 @@ def _depth(program: Program) -> int:
     return max(depths.values(), default=0)
 
 
-def _cut_of(equation: Equation, v: Var) -> tuple[int, int] | None:
+def cut_of(equation: Equation, v: Var) -> tuple[int, int] | None:
     """Which columns of its operand `equation` makes `v` of, if that is all that it does."""
     operand, params = equation.invars[0] if equation.invars else None, equation.params
     if equation.primitive is split_p() and params["axis"] == len(shape(v)) - 1:

@@ -14,6 +14,7 @@ import typing
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+from jaxrnn._anew import has_backward_rule
 from jaxrnn._form import Form
 from jaxrnn._jaxpr import (
     Atom,
@@ -310,6 +311,8 @@ class _Cut:
         """
         results = equation.outvars
         time = self._time(results[0])
+        if has_backward_rule(equation):  # it is to be given all that comes back, at once
+            return False
         if any(v in self.accumulated for v in results):
             return time % 2 == 0 and self._is_made_in_place(equation)
         if time % 2 == 0:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxrnn import _placement as placement
-from jaxrnn._columns import MisfitError, in_columns
+from jaxrnn._columns import MisfitError, cut_of, in_columns
 from jaxrnn._jaxpr import (
     Atom,
     Equation,
@@ -42,7 +42,6 @@ from jaxrnn._primitives import (
     reduce_sum_p,
     reshape_p,
     select_n_p,
-    slice_p,
     squeeze_p,
 )
 
@@ -86,7 +85,7 @@ class Kernel:
     def __init__(self, program: Program, consts: int, carry: int):
         self.program, self.consts, self.carry = program, consts, carry
         self.batch, self.batched = _samples(program, consts, carry)
-        _check_sizes(program, self.batched)
+        _check_sizes(program, program.invars[:consts], self.batched)
         self._transposed: dict[frozenset[int], Recipe] = {}
 
     def transposed(self, linear: frozenset[int]) -> "Recipe":
@@ -214,9 +213,8 @@ def _without_fixed(program: Program, consts: int, carry: int) -> Recipe:
             continue
         if equation.outvars[0] not in moving:
             fixed.append(equation)
-        elif equation.primitive is slice_p and operands[0] in xs:
-            start, stop = (equation.params[k][-1] for k in ("start_indices", "limit_indices"))
-            taken[equation.outvars[0]] = (xs.index(operands[0]), (start, stop))
+        elif operands[0] in xs and (cut := cut_of(equation, equation.outvars[0])):
+            taken[equation.outvars[0]] = (xs.index(operands[0]), cut)
             continue
         else:
             inner.append(equation)
@@ -241,6 +239,8 @@ def _samples(program: Program, consts: int, carry: int) -> tuple[int, frozenset[
     for equation in program.equations:
         _check_known(equation)
     batch = shape(carries[0])[0]
+    if not isinstance(batch, int):
+        raise MisfitError("the number of its samples is symbolic")
     batched: dict[Var, bool] = {}
 
     def settle(v: Atom, yes: bool) -> None:
@@ -300,7 +300,7 @@ def _same_rows(equation: Equation, operand: Atom) -> bool:
     return shape(operand)[:1] == shape(out)[:1] != ()
 
 
-def _check_sizes(program: Program, batched: frozenset[Var]) -> None:
+def _check_sizes(program: Program, consts: Sequence[Var], batched: frozenset[Var]) -> None:
     weights: dict[Var, int] = {}
     for v in (*program.invars, *(v for e in program.equations for v in e.outvars)):
         features = shape(v)[1:] if v in batched else shape(v)
@@ -312,7 +312,7 @@ def _check_sizes(program: Program, batched: frozenset[Var]) -> None:
             raise MisfitError(f"the sizes of an array {list(shape(v))} are no powers of two")
     for equation in program.equations:
         if equation.primitive is dot_general_p:
-            matrix = _matrix(equation, program)
+            matrix = _matrix(equation, consts)
             weights[matrix] = size_in_bytes(matrix)
         elif max(shape(equation.outvars[0])[1:], default=0) > MAX_WIDTH:
             raise MisfitError(
@@ -328,7 +328,7 @@ def _max_weights() -> int:
     return getattr(placement.gpu(), "shared_memory_per_block_optin", _HOLDS) - _IN_FLIGHT
 
 
-def _matrix(equation: Equation, program: Program) -> Var:
+def _matrix(equation: Equation, consts: Sequence[Var]) -> Var:
     """The weights of a product that a kernel can make."""
     rows, matrix = equation.invars
     if dtype(rows) != dtype(matrix) or not jnp.issubdtype(dtype(rows), jnp.floating):
@@ -336,7 +336,7 @@ def _matrix(equation: Equation, program: Program) -> Var:
     precision = equation.params["precision"]
     if not (precision is None or isinstance(precision, tuple)):
         raise MisfitError(f"a product by the algorithm {precision}")
-    if not isinstance(matrix, Var) or matrix not in program.invars or min(shape(matrix)) < SMALLEST:
+    if not isinstance(matrix, Var) or matrix not in consts or min(shape(matrix)) < SMALLEST:
         raise MisfitError(
             f"a product with a matrix {list(shape(matrix))}, which must be the same at all steps, "
             f"and at least {SMALLEST} wide and high"

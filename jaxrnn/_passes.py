@@ -165,4 +165,6 @@ def _is_wide(matrix: Array, over: Sequence[int], together: int) -> bool:
     if matrix.ndim != 2 or len(over) != 1:
         return False
     (axis,) = over
+    if not all(isinstance(n, int) for n in matrix.shape):
+        return False
     return matrix.shape[1 - axis] >= WIDE and together > matrix.shape[axis]

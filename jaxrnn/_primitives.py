@@ -60,7 +60,16 @@ HEAVY = (
     | FACTORISATIONS
     | {gather_p, random_bits_p, scan_p, threefry2x32_p, p.triangular_solve_p, p.fft_p}
 )
-WRITES = frozenset({p.dynamic_update_slice_p, p.scatter_p})
+WRITES = frozenset(
+    {
+        p.dynamic_update_slice_p,
+        p.scatter_add_p,
+        p.scatter_max_p,
+        p.scatter_min_p,
+        p.scatter_mul_p,
+        p.scatter_p,
+    }
+)
 FREE = frozenset(
     {
         p.broadcast_in_dim_p,

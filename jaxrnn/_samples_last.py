@@ -366,7 +366,7 @@ def _is_rows_times_matrix(equation: Equation, consts: Sequence[Var]) -> bool:
         rhs in consts
         and (len(shape(lhs)), len(shape(rhs))) == (2, 2)
         and (batch, tuple(contracted), len(over)) == ((), (1,), 1)
-        and min(shape(rhs)) > 1
+        and all(isinstance(n, int) and n > 1 for n in shape(rhs))
     )
 
 

@@ -280,10 +280,10 @@ class Tangent:
     ) -> list[Array]:
         """The results of `equation`; of those that are known only the derivative is made."""
         first = equation.outvars[0]
-        if first in self.splits and self.splits[first].outvars[0] in known:
+        if first in self.splits and known.keys() >= set(self.splits[first].outvars):
             return operands  # z, not f(z): what is known are the parts of f(z), by parts of z
         function = self.functions.get(first, equation)
-        slope = slope_by_output(function) if first in known else None
+        slope = slope_by_output(function) if known.keys() >= set(equation.outvars) else None
         by_output = slope is not None and function is equation
         origins = operands if by_output else bind(equation, operands)
         return [

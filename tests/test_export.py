@@ -151,3 +151,36 @@ def test_a_symbolic_batch_beside_what_has_none(step):
         assert_same(
             exported.call(w, xs), jax.jit(functools.partial(run, lax.scan))(w, xs), scale=20
         )
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("symbolic_axis", ["features", "units", "outputs"])
+def test_symbolic_sizes_of_weights(symbolic_axis, gradient):
+    sizes = {"features": 3, "units": 48, "outputs": 5}
+    (n,) = export.symbolic_shape("n")
+
+    def arguments(make, features, units, outputs):
+        shapes = (features, units), (units, units), (units, outputs), (2, units), (6, 2, features)
+        return [make(shape) for shape in shapes]
+
+    def run(scan, *arguments):
+        def results(w, u, v, h, xs):
+            def body(h, x):
+                h = jnp.tanh(x @ w + h @ u)
+                return h, h @ v
+
+            return scan(body, h, xs)
+
+        def loss(*arguments):
+            return sum(jnp.sum(leaf**2) for leaf in results(*arguments))
+
+        return (jax.grad(loss, (0, 1, 2)) if gradient else results)(*arguments)
+
+    types = arguments(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), **sizes | {symbolic_axis: n}
+    )
+    ours = functools.partial(run, functools.partial(jaxrnn.scan, method="sequential"))
+    draw = np.random.default_rng(0).normal
+    numbers = arguments(lambda shape: np.float32(0.2 * draw(size=shape)), **sizes)
+    actual = export.export(jax.jit(ours))(*types).call(*numbers)
+    assert_same(actual, run(lax.scan, *numbers), scale=20)

@@ -283,3 +283,26 @@ def test_effects_are_refused():
 
     with pytest.raises(ValueError, match="method='fused': the step has effects"):
         FUSED(body, draw(3, UNITS), draw(TIME, 3, FEATURES))
+
+
+@pytest.mark.parametrize(
+    ("shape", "cut"),
+    [
+        ((2, 3, UNITS), lambda x: x[0] + x[1]),
+        ((3, 2 * UNITS), lambda x: lax.slice(x, (0, 0), x.shape, (1, 2))),
+        ((6, UNITS), lambda x: lax.slice_in_dim(x, 3, 6)),
+    ],
+    ids=["rows", "every second column", "samples"],
+)
+def test_what_cuts_inputs_otherwise_than_in_columns_is_named(shape, cut):
+    def body(h, x):
+        h = jnp.tanh(cut(x) + h @ draw(UNITS, UNITS))
+        return h, h
+
+    with pytest.raises(ValueError, match=r"method='fused'.*no 'slice'"):
+        FUSED(body, draw(3, UNITS), draw(TIME, *shape))
+
+
+def test_products_of_states_with_one_another_are_named():
+    with pytest.raises(ValueError, match=r"method='fused'.*must be the same at all steps"):
+        FUSED(lambda h, x: (jnp.tanh(h @ h + x), h), draw(16, 16), draw(TIME, 16, 16))

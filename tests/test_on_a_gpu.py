@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from helpers import assert_same
 from jax import lax
@@ -107,6 +108,33 @@ def test_a_lone_long_sample_is_not_filled_up_whole(monkeypatch):
     short, long = 1 << 10, 1 << 20
     assert kernels(short) == [short, short]
     assert max(kernels(long)) < long
+
+
+@pytest.mark.parametrize("method", ["auto", "parallel", "sequential"])
+def test_a_step_that_does_nothing_but_hand_on(method, monkeypatch):
+    monkeypatch.setattr(_placement, "gpu", lambda: Gpu("9.0"))
+    xs, first = draw(TIME, 3, UNITS), draw(3, UNITS)
+    last, ys = jaxrnn.scan(lambda before, x: (x, before), first, xs, method=method)
+    np.testing.assert_array_equal(last, xs[-1])
+    np.testing.assert_array_equal(ys, np.concatenate([first[None], xs[:-1]]))
+
+
+def test_a_symbolic_number_of_samples_is_no_kernel(monkeypatch):
+    monkeypatch.setattr(_placement, "gpu", lambda: Gpu("9.0"))
+    make, p, init, xs = operands("tanh", 3)
+    (batch,) = jax.export.symbolic_shape("b")
+    types = [
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), p),
+        jax.ShapeDtypeStruct((batch, *init.shape[1:]), init.dtype),
+        jax.ShapeDtypeStruct((len(xs), batch, *xs.shape[2:]), xs.dtype),
+    ]
+
+    def exported(scan):
+        return jax.export.export(jax.jit(functools.partial(loss, make, scan)))(*types)
+
+    assert_same(exported(jaxrnn.scan).call(p, init, xs), loss(make, lax.scan, p, init, xs))
+    with pytest.raises(ValueError, match=r"method='fused'.*symbolic"):
+        exported(FUSED)
 
 
 def test_weights_that_fit_an_h100_are_refused_for_a_smaller_gpu(monkeypatch):

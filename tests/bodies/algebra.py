@@ -153,3 +153,16 @@ def integer_products(p):
         return (h, n), (n @ p["k"]) % 11
 
     return f
+
+
+@body(consts=layer(2), init=state())
+def extreme_of_one_activated_part(p):
+    """Of what is activated and then split one part is kept for the gradient, and one is not."""
+
+    def f(h, x):
+        z = x @ p["w"] + h @ p["u"]
+        first, second = lax.split(jnp.tanh(z), (UNITS, UNITS), 1)
+        h = second * first.max(-1, keepdims=True) + 0.1 * z[:, :UNITS]
+        return h, h
+
+    return f

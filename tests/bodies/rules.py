@@ -128,6 +128,19 @@ def clipped_gradient_of_weights(p):
     return f
 
 
+@body(consts=layer(), init=state(), forward=False)
+def clipped_gradient_of_what_is_read_twice(p):
+    """In a pass and in a loop, whose product is out of sight: their sum is clipped."""
+
+    def f(h, x):
+        x = clipped_gradient(x)
+        inner, _ = lax.scan(lambda v, _: (jnp.tanh(v @ p["u"]), None), h, None, 2)
+        h = jnp.tanh(x @ p["w"] + inner + x[:, :1])
+        return h, h + x[:, 1:2]
+
+    return f
+
+
 @jax.custom_vjp
 def quantised(w):
     """Weights of few bits, whose gradient is that of the weights themselves within a range."""
