@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ from jaxrnn._arguments import Operands, Step
 from jaxrnn._eager import is_jit_disabled, run_compiled
 from jaxrnn._options import Options, ScanOptions, engine_options, flag, normalize_unroll
 from jaxrnn._passes import time_first
-from jaxrnn._placement import placed_as, zeros_of
+from jaxrnn._placement import placed_as, varying_as, zeros_of
 from jaxrnn._scan import scan_along
 from jaxrnn._smooth import is_smooth
 
@@ -165,15 +165,14 @@ def run(
     axis = 0 if options.time_major else 1
     inputs = jax.tree.map(functools.partial(time_first, axis=axis), lying)
     step = _arguments.checked_step(step_function, states, constants)
-    output_like, state_types, output_is_state, smooth = _trace_step(step, inputs, states)
-    leaves, structure = jax.tree.flatten(states)
-    states = jax.tree.unflatten(structure, map(placed_as, leaves, state_types))
+    flags = [flag for flag in (valid, reset) if flag is not None]
+    states, (output_like, _, output_is_state, smooth) = _settled(step, inputs, states, flags)
 
     # What a masked step, or a call that wants the last output alone, has to remember beside the
     # states: nothing, if the output is the first state.
     hold = valid is not None or not options.return_all_outputs
     carry_output = hold and not output_is_state
-    held = _initial_output(output_like, states) if carry_output else None
+    held = _varying_as_all(_initial_output(output_like, states), flags) if carry_output else None
     fill_input = fill_states = None
     if valid is not None:
         # At the state that is held a smooth step is as safe as at those that it begins with.
@@ -266,15 +265,49 @@ class _Like(NamedTuple):
     tree: Any
 
 
-def _trace_step(
-    step: Step, inputs: PyTree, states: PyTree
-) -> tuple[_Like, list[jax.ShapeDtypeStruct], bool, bool]:
+class _Known(NamedTuple):
     """What is to be known of a step.
 
-    Returns:
-        What the output is like; the types of the new states; whether the output is, leaf by leaf,
-        the first state; whether the step is smooth, see `_smooth`.
+    Attributes:
+        output_like: what the output is like.
+        state_types: the types of the new states.
+        output_is_state: whether the output is, leaf by leaf, the first state.
+        smooth: see `_smooth`.
     """
+
+    output_like: _Like
+    state_types: list[jax.ShapeDtypeStruct]
+    output_is_state: bool
+    smooth: bool
+
+
+def _settled(
+    step: Step, inputs: PyTree, states: PyTree, flags: Sequence[Array]
+) -> tuple[PyTree, _Known]:
+    """The states, lying on a mesh as each step leaves them, and what is known of a step then.
+
+    A state that is made of another one's old value lies as that does only a step later.
+    """
+    leaves, structure = jax.tree.flatten(_varying_as_all(states, flags))
+    for _ in range(len(leaves) + 1):
+        known = _trace_step(step, inputs, jax.tree.unflatten(structure, leaves))
+        before, leaves = leaves, list(map(placed_as, leaves, known.state_types))
+        if all(old is new for old, new in zip(before, leaves, strict=True)):
+            break
+    return jax.tree.unflatten(structure, leaves), known
+
+
+def _varying_as_all(tree: PyTree, flags: Sequence[Array]) -> PyTree:
+    """Under `shard_map`, what flags select from varies over the mesh as they do; keys stay."""
+    types = list(map(jax.typeof, flags))
+
+    def varying(leaf: Array) -> Array:
+        return leaf if _masking.is_key(leaf) else functools.reduce(varying_as, types, leaf)
+
+    return jax.tree.map(varying, tree)
+
+
+def _trace_step(step: Step, inputs: PyTree, states: PyTree) -> _Known:
     tree: Any = None
     is_state = False
 
@@ -289,9 +322,10 @@ def _trace_step(
     if is_jit_disabled():
         results = trace(inputs, states)
         output, new_states = jax.eval_shape(lambda: results)
-        return _Like(output, tree), new_states, is_state, False
+        return _Known(_Like(output, tree), new_states, is_state, smooth=False)
     jaxpr, (output, new_states) = jax.make_jaxpr(trace, return_shape=True)(inputs, states)
-    return _Like(output, tree), new_states, is_state, is_smooth(jaxpr.jaxpr, len(new_states))
+    smooth = is_smooth(jaxpr.jaxpr, len(new_states))
+    return _Known(_Like(output, tree), new_states, is_state, smooth)
 
 
 def _initial_output(output_like: _Like, states: PyTree) -> PyTree:
