@@ -195,9 +195,10 @@ def _run_at_once(
         begun = _applied(slopes, first, sums)
         return slopes, [jnp.where(index == start, x, b) for x, b in zip(begun, sums, strict=True)]
 
-    functions = jax.vmap(of_step)(jnp.arange(length), *(rows[v] for v in given))
-    if not system.moving.isdisjoint(variables(system.new)):
-        functions = lax.associative_scan(_composed, functions, reverse=reverse)
+    with jax.numpy_dtype_promotion("standard"):  # states may have several dtypes
+        functions = jax.vmap(of_step)(jnp.arange(length), *(rows[v] for v in given))
+        if not system.moving.isdisjoint(variables(system.new)):
+            functions = lax.associative_scan(_composed, functions, reverse=reverse)
     states: list[Array] = functions[1]
     return states
 
@@ -360,7 +361,8 @@ def _check(equation: Equation, moving: set[Var]) -> None:
     elif primitive is convert_element_type_p:
         old, new = dtype(equation.invars[0]), dtype(equation.outvars[0])
         both = all(jnp.issubdtype(each, jnp.floating) for each in (old, new))
-        fits = both or jnp.promote_types(old, new) == new
+        with jax.numpy_dtype_promotion("standard"):
+            fits = both or jnp.promote_types(old, new) == new
     if not fits:
         raise NotAffineError(f"{primitive} of the state is handed on from step to step")
 

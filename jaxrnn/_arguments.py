@@ -325,10 +325,13 @@ def _check_output(output: PyTree, batch: Any) -> PyTree:
 def _as_array(name: str, value: Any) -> Array:
     """An array without weak type."""
     array = _as_array_or_weak(name, value)
-    return array if is_key(array) else lax.convert_element_type(array, array.dtype)
+    is_strong = is_key(array) or not array.weak_type
+    return array if is_strong else lax.convert_element_type(array, array.dtype)
 
 
 def _as_array_or_weak(name: str, value: Any) -> Array:
+    if isinstance(value, jax.Array):  # `jax_debug_nans` looks at whatever is done with it
+        return value
     try:
         return jnp.asarray(value)
     except TypeError as error:
@@ -347,7 +350,8 @@ def _structure(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> An
 def _describe(value: Any) -> str:
     """`value` in a few words: what a user needs to recognise it."""
     if isinstance(value, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
-        return f"an array of shape {value.shape} and dtype {value.dtype}"
+        kind = "a type" if isinstance(value, jax.ShapeDtypeStruct) else "an array"
+        return f"{kind} of shape {value.shape} and dtype {value.dtype}"
     if value is None or isinstance(value, int | float):
         return repr(value)
     if isinstance(value, dict):

@@ -1,6 +1,7 @@
 """Two recurrences over one sequence, one from each end, with outputs aligned in time."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -114,11 +115,26 @@ def bidirectional(
             operands = operands._replace(reset=_before_starts(operands.reset, operands.valid))
         return run_compiled("rnn", run, step_function, options, operands)
 
-    last_forward, forward, forward_end = run_one(forward_step, forward_states, False)
-    last_backward, backward, backward_end = run_one(backward_step, backward_states, True)
+    with _named("forward"):
+        last_forward, forward, forward_end = run_one(forward_step, forward_states, False)
+    with _named("backward"):
+        last_backward, backward, backward_end = run_one(backward_step, backward_states, True)
     # rnn returns outputs in processing order.
     aligned = jax.tree.map(lambda leaf: jnp.flip(leaf, 0 if time_major else 1), backward)
     return (last_forward, last_backward), (forward, aligned), (forward_end, backward_end)
+
+
+@contextlib.contextmanager
+def _named(direction: str) -> Iterator[None]:
+    """Errors of `rnn` say which recurrence is meant, whose arguments have other names here."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(
+            f"This is the {direction} recurrence of bidirectional: step_function is "
+            f"{direction}_step, initial_states are {direction}_states."
+        )
+        raise
 
 
 def _before_starts(starts: Array, valid: Array | None) -> Array:

@@ -48,7 +48,7 @@ def explain(
 
     Args:
         step_function: as in `jaxrnn.rnn`.
-        inputs: as in `jaxrnn.rnn`.
+        inputs: as in `jaxrnn.rnn`; a `jax.ShapeDtypeStruct` may stand for any array.
         initial_states: as in `jaxrnn.rnn`.
         *args: further arguments of `jaxrnn.rnn`.
         **kwargs: further arguments of `jaxrnn.rnn`.
@@ -83,14 +83,22 @@ def explain(
         return carry, jax.tree.map(functools.partial(time_on, axis=ys_axis), ys)
 
     given = _arguments_of(_rnn.rnn, step_function, inputs, initial_states, *args, **kwargs)
-    settings, operands = _rnn.prepare(*given.args, **given.kwargs)
+    values, tree = jax.tree.flatten((given.args, given.kwargs))
+    types = {i: v for i, v in enumerate(values) if isinstance(v, jax.ShapeDtypeStruct)}
 
-    def leaves(arrays: Operands) -> list[Array]:
-        # Not all constants need be arrays.
-        arrays = arrays._replace(constants=operands.constants)
-        return jax.tree.leaves(_rnn.run(step_function, settings, arrays, listen))
+    def run(arrays: dict[int, Array]) -> list[Array]:
+        every = [arrays.get(i, value) for i, value in enumerate(values)]
+        args, kwargs = jax.tree.unflatten(tree, every)
+        settings, operands = _rnn.prepare(*args, **kwargs)
 
-    jax.eval_shape(leaves, operands._replace(constants=[]))
+        def leaves(arrays: Operands) -> list[Array]:
+            # Not all constants need be arrays.
+            arrays = arrays._replace(constants=operands.constants)
+            return jax.tree.leaves(_rnn.run(step_function, settings, arrays, listen))
+
+        return jax.eval_shape(leaves, operands._replace(constants=[]))
+
+    jax.eval_shape(run, types)
     return "\n".join(lines)
 
 
@@ -197,10 +205,17 @@ def _section(title: str, program: Program) -> list[str]:
 def _figures(traced: Traced, split: Split, xs: PyTree, way: Way) -> list[str]:
     before = _work(traced.program.equations)
     inside, outside = _work(split.plan.in_loops), _work(split.plan.in_passes)
-    ours, theirs = _kept_bytes(traced, split, xs, way)
-    return [
+    lines = [
         f"multiply-adds per step    {inside:>14,} in the loop, {outside:,} outside",
         f"  plain lax.scan          {before:>14,} in the loop",
+    ]
+    try:
+        ours, theirs = _kept_bytes(traced, split, xs, way)
+    except Exception as error:  # whatever an operation without a derivative raises
+        why, *_ = str(error).splitlines() or [type(error).__name__]
+        return lines + textwrap.wrap(f"no gradient: {why}", _WIDTH)
+    return [
+        *lines,
         f"kept for the gradient     {_mebibytes(ours):>14}",
         f"  plain lax.scan          {_mebibytes(theirs):>14}",
     ]

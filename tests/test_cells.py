@@ -400,6 +400,8 @@ def test_user_mistakes_are_named(name):
         cell.step(params | {"kernel": jnp.ones(3)})
     with pytest.raises(ValueError, match=r"\['bias', 'kernel', .*, expected \['kernel'.*use_bias"):
         make(H, use_bias=False).step(params)
+    with pytest.raises(TypeError, match=r"params is a list, expected a dict .* dict\(zip\(\["):
+        cell.step(list(params.values()))
     with pytest.raises(ValueError, match=f"got 3 states, expected {STATES[name]}"):
         cell.step(params)(x, [*states, x, x][:3])
     with pytest.raises(ValueError, match=rf"states\[0\] has shape \(3, 1\), expected {H} units"):
