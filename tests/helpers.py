@@ -129,7 +129,7 @@ def reference_rnn(
     A sample whose step is masked simply does not receive the step's results. `unroll` and the
     engine's options change no result and are ignored. With ``xp=jax.numpy`` it can be
     differentiated and serves as a reference for gradients (the mask must be concrete, and the
-    padding benign).
+    padding benign); the loop over samples is one selection then, which compiles sooner.
     """
     time_axis = 0 if time_major else 1
     steps = jax.tree.map(lambda leaf: xp.moveaxis(leaf, time_axis, 0), inputs)
@@ -146,7 +146,13 @@ def reference_rnn(
     def rows(choose, new, old):
         if choose.all():
             return new
-        pick = lambda n, o: xp.stack([n[b] if choose[b] else o[b] for b in range(batch)])  # noqa: E731
+
+        def pick(n, o):
+            if xp is np:
+                return np.stack([n[b] if choose[b] else o[b] for b in range(batch)])
+            by_element = np.broadcast_to(choose.reshape(-1, *[1] * (n.ndim - 1)), n.shape)
+            return jax.lax.select(by_element, n, o)
+
         return jax.tree.map(pick, new, old)
 
     def keep_dtype(new, old):

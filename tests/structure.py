@@ -1,5 +1,6 @@
 """Reading programs: what lies in which loop of a jaxpr, and what a compiled program executes."""
 
+import functools
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -101,8 +102,12 @@ def sum_of_sines(tree: Any) -> Any:
     return sum(jnp.sum(jnp.sin(jnp.abs(leaf))) for leaf in floats)
 
 
+@functools.cache
 def programs(name: str, scan: Callable = jaxrnn.scan, **flags: Any) -> tuple[Any, Any]:
-    """The jaxprs of a body of the table under a scan, and of its gradient with respect to all."""
+    """The jaxprs of a body of the table under a scan, and of its gradient with respect to all.
+
+    Traced once, which is enough as long as all tests that ask see one device.
+    """
     case = BODIES[name]
     run, floats = over_floats(
         lambda operands: case.run(scan, operands, TIME, **flags), case.operands(TIME)

@@ -31,13 +31,16 @@ def numpy_decay(weight, rate, x, s):
     return np.array(outputs), s
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def problem():
+    """Of all tests, so that calls of the same steps are compiled once."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    weights, rates = (draw(D, H), draw(D, H + 1)), (0.5, -0.75)
     return {
-        "weights": (draw(D, H), draw(D, H + 1)),
-        "rates": (0.5, -0.75),
+        "weights": weights,
+        "rates": rates,
+        "steps": [decay_step(w, r) for w, r in zip(weights, rates, strict=True)],
         "x": draw(B, T, D),
         "initial": (draw(B, H), draw(B, H + 1)),
     }
@@ -58,13 +61,9 @@ def truncated(problem, valid):
     return rows
 
 
-def steps_of(problem):
-    return [decay_step(w, r) for w, r in zip(problem["weights"], problem["rates"], strict=True)]
-
-
 def call(problem, x, **options):
     initial_forward, initial_backward = problem["initial"]
-    return bidirectional(*steps_of(problem), x, [initial_forward], [initial_backward], **options)
+    return bidirectional(*problem["steps"], x, [initial_forward], [initial_backward], **options)
 
 
 def check(result, expected, valid):
@@ -138,7 +137,7 @@ def test_results_are_pairs_in_the_structures_of_either_side(problem):
 
     x = problem["x"]
     initial = (jnp.zeros((B, D)), jnp.zeros(B))
-    forward_step, _ = steps_of(problem)
+    forward_step, _ = problem["steps"]
     last, outputs, states = bidirectional(
         forward_step, counting_step, x, [problem["initial"][0]], initial, input_length=LENGTHS,
         zero_output_for_mask=True,
@@ -268,4 +267,11 @@ def test_mistakes_are_reported_as_rnn_reports_them(problem):
         call(problem, problem["x"], mask=np.ones((B, T + 1), bool))
     forward, backward = problem["initial"]
     with pytest.raises(TypeError, match="step_function"):
-        bidirectional(steps_of(problem)[0], None, problem["x"], [forward], [backward])
+        bidirectional(problem["steps"][0], None, problem["x"], [forward], [backward])
+
+
+def test_mistakes_in_states_are_those_of_one_direction(problem):
+    forward, _ = problem["initial"]
+    with pytest.raises(ValueError, match="initial_states") as caught:
+        bidirectional(*problem["steps"], problem["x"], [forward], None)
+    assert "initial_states are backward_states" in "".join(caught.value.__notes__)

@@ -88,35 +88,37 @@ def test_double_precision_inside_the_step_alone():
     assert_same(jaxrnn.scan(step, H, X, **SPLIT), lax.scan(step, H, X))
 
 
+def weak_step(carry, x):
+    h, scale, count = carry
+    h, y = tanh_step(h, x[0])
+    return (h, scale * 2, count + 1), (y, scale * 3 + 1, 1.0, x[1])
+
+
 @pytest.mark.parametrize("flags", [{}, {"chunk": 2}, {"remat": True}])
 def test_weak_types_stay_weak(flags):
-    def step(carry, x):
-        h, scale, count = carry
-        h, y = tanh_step(h, x[0])
-        return (h, scale * 2, count + 1), (y, scale * 3 + 1, 1.0, x[1])
-
     xs = X, jnp.broadcast_to(jnp.asarray(2.0), (5,))
     actual, expected = (
-        scan(step, (H, 1.0, 0), xs, **kwargs)
+        scan(weak_step, (H, 1.0, 0), xs, **kwargs)
         for scan, kwargs in ((jaxrnn.scan, SPLIT | flags), (lax.scan, {}))
     )
     assert weak_types(actual) == weak_types(expected)
     assert_same(actual, expected)
 
 
+def strengthening_step(carry, x):
+    h, scale, sharp = carry
+    h, y = tanh_step(h, x)
+    y = (y.mean() * scale, scale, scale * 2, scale * x.astype(jnp.bfloat16))
+    return (h, scale + 0.1 * h.mean(), sharp + h.mean().astype(jnp.bfloat16)), (y, sharp)
+
+
 @pytest.mark.parametrize("flags", [{}, {"chunk": 2}, {"remat": True}])
 def test_what_is_made_of_a_weak_carry_is_weak_even_if_the_carry_becomes_strong(flags):
     """Strong from the start, it would make float32 of what it meets in bfloat16."""
 
-    def step(carry, x):
-        h, scale, sharp = carry
-        h, y = tanh_step(h, x)
-        y = (y.mean() * scale, scale, scale * 2, scale * x.astype(jnp.bfloat16))
-        return (h, scale + 0.1 * h.mean(), sharp + h.mean().astype(jnp.bfloat16)), (y, sharp)
-
     def run(scan, **flags):
         def loss(h):
-            last, ys = scan(step, (h, 0.5, 0.25), X, **flags)
+            last, ys = scan(strengthening_step, (h, 0.5, 0.25), X, **flags)
             return last[1] + ys[0][3].astype(jnp.float32).sum(), (last, ys)
 
         return jax.grad(loss, has_aux=True)(H)
@@ -198,6 +200,11 @@ def test_classes_that_take_arrays_alone(flags):
         assert_same(apply(run(scan))(h, x), apply(run(lax.scan))(h, x))
 
 
+def bare_step(x, states):
+    h, y = tanh_step(states[0], x)
+    return y, [h]
+
+
 @pytest.mark.parametrize("flags", [{}, SPLIT | {"remat": True}, {"method": "lax"}])
 @pytest.mark.parametrize("mask", [None, np.arange(5) < [[3], [5]]])
 def test_classes_that_take_arrays_alone_in_rnn(flags, mask):
@@ -205,16 +212,13 @@ def test_classes_that_take_arrays_alone_in_rnn(flags, mask):
         h, y = tanh_step(states[0].array, x.array)
         return Rows(y), [Rows(h)]
 
-    def bare_step(x, states):
-        h, y = tanh_step(states[0], x)
-        return y, [h]
-
-    x, flags = jnp.asarray(X).swapaxes(0, 1), flags | {"return_all_outputs": False}
+    x = jnp.asarray(X).swapaxes(0, 1)
     operands = step, Rows(x), [Rows(jnp.asarray(H))]
-    for setting in (flags, flags | {"return_all_outputs": True}):
-        actual = jaxrnn.rnn(*operands, mask=mask, **setting)
-        expected = jaxrnn.rnn(bare_step, x, [H], mask=mask, **setting)
+    for return_all_outputs in (True, False):
+        given = {"mask": mask, "return_all_outputs": return_all_outputs}
+        actual = jaxrnn.rnn(*operands, **given, **flags)
+        expected = jaxrnn.rnn(bare_step, x, [H], **given)
         assert_same(jax.tree.leaves(actual), jax.tree.leaves(expected))
         assert isinstance(actual[0], Rows)
         assert isinstance(actual[2][0], Rows)
-    assert "5 steps" in jaxrnn.explain(*operands, mask=mask, **flags)
+    assert "5 steps" in jaxrnn.explain(*operands, **given, **flags)

@@ -170,17 +170,12 @@ def test_samples_split_over_an_explicit_mesh(name, alone, monkeypatch):
     assert_same(ours, plain, scale=10)
 
 
-@pytest.mark.parametrize("flags", [{}, {"chunk": 4, "remat": True}], ids=["plain", "remat"])
-@pytest.mark.parametrize("manual", [("batch", "other"), ("batch",)], ids=["all_axes", "some_axes"])
-def test_shard_map_with_a_collective_inside_the_body(manual, flags):
-    """A body that talks to the other devices (here: a mean over the whole batch).
-
-    `shard_map` may leave axes of the mesh to the compiler.
-    """
+def shard_mapped(scan, manual):
+    """Results and gradients of a body that takes a mean over the whole batch."""
     mesh = jax.make_mesh((DEVICES // 2, 2), ("batch", "other"), (AxisType.Auto,) * 2)
     p, (h, _), xs = problem("elman_cell", 6)
 
-    def run(scan, p, h, xs):
+    def run(p, h, xs):
         def body(h, x):
             z = x @ p["w"] + h @ p["u"]
             h = jnp.tanh(z - lax.pmean(z.mean(0), "batch") + p["b"])
@@ -188,20 +183,23 @@ def test_shard_map_with_a_collective_inside_the_body(manual, flags):
 
         return scan(body, h, xs)
 
-    def value_and_gradient(scan):
-        specs = P(), P("batch"), P(None, "batch")
-        split = jax.shard_map(
-            functools.partial(run, scan),
-            mesh=mesh,
-            in_specs=specs,
-            out_specs=specs[1:],
-            axis_names=set(manual),
-        )
-        gradient = jax.grad(lambda *a: (split(*a)[1] ** 2).sum(), (0, 1, 2))
-        return jax.jit(lambda *a: (split(*a), gradient(*a)))(p, h, xs)
+    specs = P(), P("batch"), P(None, "batch")
+    split = jax.shard_map(
+        run, mesh=mesh, in_specs=specs, out_specs=specs[1:], axis_names=set(manual)
+    )
+    gradient = jax.grad(lambda *a: (split(*a)[1] ** 2).sum(), (0, 1, 2))
+    return jax.jit(lambda *a: (split(*a), gradient(*a)))(p, h, xs)
 
-    actual = value_and_gradient(functools.partial(SEQUENTIAL, **flags))
-    assert_same(actual, value_and_gradient(lax.scan), scale=10)
+
+plain_shard_mapped = functools.cache(functools.partial(shard_mapped, lax.scan))
+
+
+@pytest.mark.parametrize("flags", [{}, {"chunk": 4, "remat": True}], ids=["plain", "remat"])
+@pytest.mark.parametrize("manual", [("batch", "other"), ("batch",)], ids=["all_axes", "some_axes"])
+def test_shard_map_with_a_collective_inside_the_body(manual, flags):
+    """The body talks to the other devices; `shard_map` may leave axes to the compiler."""
+    actual = shard_mapped(functools.partial(SEQUENTIAL, **flags), manual)
+    assert_same(actual, plain_shard_mapped(manual), scale=10)
 
 
 def test_shard_map_with_integers_and_keys_of_each_device():

@@ -1,13 +1,18 @@
 """`explain` says what became of a step, and says the truth."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jaxrnn
 from jaxrnn import _gains, _placement
 
 B, T, D, H, V = 8, 24, 16, 32, 4
+# `jnp.ones` is compiled for each shape.
+ones = functools.partial(np.ones, dtype=np.float32)
 
 
 def lstm_with_readout(x, states):
@@ -19,7 +24,13 @@ def lstm_with_readout(x, states):
     return h @ jnp.ones((H, V)), [h, c]
 
 
-INPUTS, STATES = jnp.ones((B, T, D)), [jnp.ones((B, H))] * 2
+INPUTS, STATES = ones((B, T, D)), [ones((B, H))] * 2
+
+
+def zero_params(cell, features):
+    """What a cell draws takes some time, and is in no report."""
+    shapes = jax.eval_shape(lambda: cell.init(jax.random.key(0), features))
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
 
 
 def explain(**options):
@@ -126,7 +137,7 @@ def test_lines_fit_a_terminal_and_nothing_is_computed():
         return lstm_with_readout(x, states)
 
     remade = jax.checkpoint(lstm_with_readout)
-    long = jnp.ones((B, 10**5, D))
+    long = ones((B, 10**5, D))
     for report in (
         explain(mask=jnp.ones((B, T))),
         jaxrnn.explain(remade, long, STATES, method="sequential"),
@@ -169,9 +180,7 @@ def test_a_scan_without_xs_or_steps():
     )
     assert generated.startswith(f'method "sequential" over {T} steps')
     assert f"@ float32[{H}, {V}]" in section(generated, "epilogue")
-    assert (
-        explain_scan(jnp.ones((0, B, D))) == "plain lax.scan over 0 steps: there is nothing to do"
-    )
+    assert explain_scan(ones((0, B, D))) == "plain lax.scan over 0 steps: there is nothing to do"
 
 
 def test_mistakes_in_a_scan_are_named_as_scan_names_them():
@@ -194,8 +203,8 @@ def test_one_block_where_that_takes_little_memory():
     """Its passes may make two MiB in all; the cell decides."""
 
     def blocks(cell, time):
-        step = cell.step(cell.init(jax.random.key(0), 1))
-        report = jaxrnn.explain(step, jnp.ones((B, time, 1)), cell.initial_states(B))
+        step = cell.step(zero_params(cell, 1))
+        report = jaxrnn.explain(step, ones((B, time, 1)), cell.initial_states(B))
         return int(report.splitlines()[0].rsplit(maxsplit=1)[1])
 
     two_mib = 2 * 2**20 // (4 * B * H)  # steps of one array [B, H] each
@@ -210,13 +219,13 @@ def test_results_are_in_longer_blocks_than_gradients():
 
     def blocks(time, features=2, readout=False):
         cell = jaxrnn.cells.lstm(H)  # 2 MiB in 512 steps
-        params = cell.init(jax.random.key(0), features)
+        params = zero_params(cell, features)
 
         def step(x, states):
             h, states = cell.step(params)(x, states)
             return h @ jnp.ones((H, 1)) if readout else h, states
 
-        states, inputs = cell.initial_states(B), jnp.ones((B, time, features))
+        states, inputs = cell.initial_states(B), ones((B, time, features))
         report = jaxrnn.explain(step, inputs, states, method="sequential").splitlines()
         assert report[0].startswith(f'method "sequential" over {time} steps, in blocks of 5')
         return int(report[1].removeprefix("for gradients; results in blocks of "))
@@ -237,8 +246,8 @@ def test_results_are_in_no_longer_blocks_where_the_loop_takes_all_cores(
     """XLA shares out a product with more than 2**16 weights; then no core is idle in the loop."""
     monkeypatch.setattr(_placement, "has_wide_vectors", lambda: wide)
     cell = jaxrnn.cells.lstm(units)
-    params, states = cell.init(jax.random.key(0), units), cell.initial_states(8)
-    report = jaxrnn.explain(cell.step(params), jnp.ones((8, 512, units)), states).splitlines()
+    params, states = zero_params(cell, units), cell.initial_states(8)
+    report = jaxrnn.explain(cell.step(params), ones((8, 512, units)), states).splitlines()
     assert report[0].endswith(f"in blocks of {2**14 // units}")
     assert report[1].startswith("for gradients; results in blocks of ") == longer
 
@@ -246,7 +255,7 @@ def test_results_are_in_no_longer_blocks_where_the_loop_takes_all_cores(
 def test_blocks_of_large_steps_are_short_but_no_single_steps():
     cell = jaxrnn.cells.lstm(512)  # which makes 4 MiB a step for 512 samples
     report = jaxrnn.explain(
-        cell.step(cell.init(jax.random.key(0), 1)), jnp.ones((512, 32, 1)), cell.initial_states(512)
+        cell.step(zero_params(cell, 1)), ones((512, 32, 1)), cell.initial_states(512)
     )
     assert "in blocks of 4" in report.splitlines()[0]
 
@@ -255,7 +264,7 @@ def test_which_gates_are_one_array():
     """All that are small, that get a bias, or that are split after their activation alone."""
 
     def product(batch, biased):
-        w, u, b = jnp.ones((D, 2 * H)), jnp.ones((H, 2 * H)), jnp.ones(2 * H)
+        w, u, b = ones((D, 2 * H)), ones((H, 2 * H)), ones(2 * H)
 
         def step(x, states):
             z = x @ w + states[0] @ u
@@ -263,7 +272,7 @@ def test_which_gates_are_one_array():
             h = jax.nn.sigmoid(f) * states[0] + jnp.tanh(g)
             return h, [h]
 
-        return prologue_product(step, jnp.ones((batch, T, D)), [jnp.ones((batch, H))])
+        return prologue_product(step, ones((batch, T, D)), [ones((batch, H))])
 
     def prologue_product(*operands):
         report = jaxrnn.explain(*operands, method="sequential")
@@ -275,8 +284,8 @@ def test_which_gates_are_one_array():
     assert product(samples // 2, biased=False) == f"float32[{D}, {2 * H}]"
 
     lstm = jaxrnn.cells.lstm(H, use_bias=False)
-    step = lstm.step(lstm.init(jax.random.key(0), D))
-    whole = prologue_product(step, jnp.ones((samples, T, D)), lstm.initial_states(samples))
+    step = lstm.step(zero_params(lstm, D))
+    whole = prologue_product(step, ones((samples, T, D)), lstm.initial_states(samples))
     assert whole == f"float32[{D}, {4 * H}]"
 
 
@@ -296,7 +305,7 @@ def test_what_comes_from_plain_lax_scan_without_a_gradient():
             y = jnp.tanh(h @ jnp.ones((H, H)) + states[1] @ jnp.ones((H, H)))
             return y, [h, y]
 
-        return jaxrnn.explain(step, jnp.ones((batch, steps, 64)), [jnp.ones((batch, H))] * 2)
+        return jaxrnn.explain(step, ones((batch, steps, 64)), [ones((batch, H))] * 2)
 
     def convolution(places):
         dimensions = ("NWC", "WIO", "NWC")
@@ -310,15 +319,15 @@ def test_what_comes_from_plain_lax_scan_without_a_gradient():
             return h, [h]
 
         shape = (2, steps, places, D)
-        return jaxrnn.explain(step, jnp.ones(shape), [jnp.ones((2, places, D))])
+        return jaxrnn.explain(step, ones(shape), [ones((2, places, D))])
 
     def report(batch, units=H, features=64, steps=steps, **options):
         def step(x, states):
             h = jnp.tanh(x @ jnp.ones((features, units)) + states[0] @ jnp.ones((units, units)))
             return h, [h]
 
-        states = [jnp.ones((batch, units))]
-        return jaxrnn.explain(step, jnp.ones((batch, steps, features)), states, **options)
+        states = [ones((batch, units))]
+        return jaxrnn.explain(step, ones((batch, steps, features)), states, **options)
 
     def concatenated(batch, features, units=H):
         def step(x, states):
@@ -326,7 +335,7 @@ def test_what_comes_from_plain_lax_scan_without_a_gradient():
             h = jnp.tanh(joined @ jnp.ones((features + units, units)))
             return h, [h]
 
-        return jaxrnn.explain(step, jnp.ones((batch, steps, features)), [jnp.ones((batch, units))])
+        return jaxrnn.explain(step, ones((batch, steps, features)), [ones((batch, units))])
 
     def matrices(features):
         def step(x, states):
@@ -334,7 +343,7 @@ def test_what_comes_from_plain_lax_scan_without_a_gradient():
             state = 0.9 * states[0] + row[:, :, None] * row[:, None, :]
             return row, [state]
 
-        return jaxrnn.explain(step, jnp.ones((B, steps, features)), [jnp.ones((B, H, H))])
+        return jaxrnn.explain(step, ones((B, steps, features)), [ones((B, H, H))])
 
     def read_matrices(batch):
         def step(x, states):
@@ -342,7 +351,7 @@ def test_what_comes_from_plain_lax_scan_without_a_gradient():
             state = 0.9 * states[0] + row[:, :, None] * row[:, None, :]
             return jnp.einsum("bi,bij->bj", row, state) @ jnp.ones((H, H)), [state]
 
-        return jaxrnn.explain(step, jnp.ones((batch, steps, 64)), [jnp.ones((batch, H, H))])
+        return jaxrnn.explain(step, ones((batch, steps, 64)), [ones((batch, H, H))])
 
     def solved(batch):
         def step(x, states):
@@ -350,7 +359,7 @@ def test_what_comes_from_plain_lax_scan_without_a_gradient():
             h = jnp.tanh(jnp.linalg.solve(matrix, states[0][..., None])[..., 0] @ jnp.ones((H, H)))
             return h, [h]
 
-        return jaxrnn.explain(step, jnp.ones((batch, steps, H)), [jnp.ones((batch, H))])
+        return jaxrnn.explain(step, ones((batch, steps, H)), [ones((batch, H))])
 
     aside = "results alone come from plain lax.scan"
     assert aside in report(32)

@@ -31,6 +31,15 @@ WAYS = {
     "parallel": {"chunk": 3, "method": "parallel"},
     "parallel_whole": {"chunk": None, "method": "parallel"},
     "lax": {"method": "lax"},
+    "time_first": {"chunk": 3, "time_major": True, "mask": MASK},
+    "time_first_backwards": {"chunk": 3, "time_major": True, "go_backwards": True},
+}
+# Of these flags, those on which results depend.
+CONTRACT = {
+    "go_backwards": True,
+    "mask": MASK,
+    "zero_output_for_mask": True,
+    "return_all_outputs": False,
 }
 
 
@@ -95,18 +104,17 @@ def operands(make):
 
 
 def run(make, p, inputs, states, **how):
-    return jaxrnn.rnn(make(p), inputs, states, **({"method": "sequential"} | how))
-
-
-def run_time_major(make, p, inputs, states, **how):
-    """The same with time first, turned by hand."""
+    """From samples first to samples first: where the call has time first, turned by hand."""
 
     def turned(rows):
         return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), rows)
 
+    how = {"method": "sequential"} | how
+    if not how.get("time_major"):
+        return jaxrnn.rnn(make(p), inputs, states, **how)
     if "mask" in how:
-        how = how | {"mask": turned(how["mask"])}
-    last, outputs, states = run(make, p, turned(inputs), states, time_major=True, **how)
+        how["mask"] = turned(how["mask"])
+    last, outputs, states = jaxrnn.rnn(make(p), turned(inputs), states, **how)
     return last, turned(outputs), states
 
 
@@ -117,8 +125,36 @@ def transposed(function, *args):
     return [e.outvars[0].aval.shape for e, _ in equations(jaxpr) if e.primitive is TRANSPOSE]
 
 
-def loss(how_run, make, p, inputs, states, **how):
-    return scalar_of(how_run(make, p, inputs, states, **how))
+def loss(make, p, inputs, states, **how):
+    return scalar_of(run(make, p, inputs, states, **how))
+
+
+def results_and_derivatives(make, **how):
+    def everything(p, inputs, states):
+        of = functools.partial(loss, make, states=states, **how)
+        results = run(make, p, inputs, states, **how)
+        slopes = jax.tree.map(jnp.cos, (p, inputs))
+        return results, jax.grad(of, (0, 1))(p, inputs), jax.jvp(of, (p, inputs), slopes)
+
+    return jax.jit(everything)(*operands(make))
+
+
+def first_and_second_derivatives(make, **how):
+    p, inputs, states = operands(make)
+    of = functools.partial(loss, make, p, states=states, **how)
+    return jax.jit(lambda inputs: (jax.grad(of)(inputs), jax.hessian(of)(inputs)))(inputs)
+
+
+def contract(way):
+    """The names of the flags on which the results of a way depend."""
+    return tuple(name for name in CONTRACT if name in WAYS[way])
+
+
+@functools.cache
+def by_lax_scan(derivatives, make, names):
+    """What `derivatives` is to give for all ways that have these flags: time first, no engine."""
+    flags = {name: CONTRACT[name] for name in names}
+    return derivatives(make, method="lax", time_major=True, **flags)
 
 
 CASES = [(make, way) for make in (gated, reading) for way in WAYS if "parallel" not in way]
@@ -126,38 +162,17 @@ CASES += [(affine, way) for way in ("blocks", "parallel", "parallel_whole")]
 
 
 @pytest.mark.parametrize(("make", "way"), CASES)
-def test_results_and_derivatives_are_those_with_time_first(make, way):
-    p, inputs, states = operands(make)
-    how = WAYS[way]
-    ours, theirs = (functools.partial(each, make, **how) for each in (run, run_time_major))
-    assert_same(jax.jit(ours)(p, inputs, states), jax.jit(theirs)(p, inputs, states))
-
-    moving = functools.partial(loss, run, make, states=states, **how)
-    other = functools.partial(loss, run_time_major, make, states=states, **how)
-    assert_same(
-        jax.jit(jax.grad(moving, (0, 1)))(p, inputs), jax.jit(jax.grad(other, (0, 1)))(p, inputs)
-    )
-    slopes = jax.tree.map(jnp.cos, (p, inputs))
-    assert_same(
-        jax.jit(lambda *a: jax.jvp(moving, a, slopes))(p, inputs),
-        jax.jit(lambda *a: jax.jvp(other, a, slopes))(p, inputs),
-    )
+def test_results_and_derivatives_are_those_of_lax_scan_with_time_first(make, way):
+    actual = results_and_derivatives(make, **WAYS[way])
+    assert_same(actual, by_lax_scan(results_and_derivatives, make, contract(way)))
 
 
 @pytest.mark.parametrize("make", [gated, reading])
 @pytest.mark.parametrize("way", ["one_block", "blocks", "masked"])
 def test_first_and_second_derivatives_are_those_of_lax_scan(make, way):
-    p, inputs, states = operands(make)
-
-    def of(inputs, method):
-        return loss(run, make, p, inputs, states, **(WAYS[way] | {"method": method}))
-
-    for derivative in (jax.grad, jax.hessian):
-        ours, theirs = (
-            jax.jit(derivative(functools.partial(of, method=method)))(inputs)
-            for method in ("sequential", "lax")
-        )
-        assert_same(ours, theirs, scale=10)
+    actual = first_and_second_derivatives(make, **WAYS[way])
+    expected = by_lax_scan(first_and_second_derivatives, make, contract(way))
+    assert_same(actual, expected, scale=10)
 
 
 @pytest.mark.parametrize("way", ["one_block", "blocks", "blocks_unrolled", "masked"])
@@ -173,7 +188,7 @@ def test_a_gradient_transposes_a_block_at_a_time(way):
     p, inputs, states = operands(gated)
 
     def gradient(*a):
-        return jax.grad(lambda *a: loss(run, gated, *a, states, **WAYS[way]), (0, 1))(*a)
+        return jax.grad(lambda *a: loss(gated, *a, states, **WAYS[way]), (0, 1))(*a)
 
     shapes = transposed(gradient, p, inputs)
     assert max(map(math.prod, shapes)) < SAMPLES * TIME * UNITS

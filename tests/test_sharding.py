@@ -84,6 +84,14 @@ def test_sharded_jit_keeps_the_batch_sharding_and_loops_apart(axis_type, fresh, 
     assert_same(results, expectation(params, inputs, states))
 
 
+def unlike_the_state(x, states):
+    """A step whose outputs are of several ranks, and of which one is the same for all samples."""
+    output, new_states = CASE.make_step(jnp, problem()[0])(x, states)
+    samples, width = output.shape[0], states[0].shape[1]
+    whole = jnp.broadcast_to(jnp.arange(1.0, width + 1), (samples, width))
+    return {"part": output[:, 1:], "sum": output.sum(-1), "whole": whole}, new_states
+
+
 @pytest.mark.parametrize("given", ["mask", "mask of each device", "input_length"])
 @pytest.mark.parametrize(
     "flags",
@@ -92,19 +100,13 @@ def test_sharded_jit_keeps_the_batch_sharding_and_loops_apart(axis_type, fresh, 
 )
 def test_what_is_held_is_split_as_outputs_are(flags, given):
     """Outputs that are unlike the state, of any rank, split or not, over an explicit mesh."""
-    params, inputs, states = problem()
+    _, inputs, states = problem()
     mesh = mesh_of(AxisType.Explicit)
     lengths = np.arange(2 * DEVICES) % (inputs.shape[1] + 1)
 
-    def step(x, states):
-        output, new_states = CASE.make_step(jnp, params)(x, states)
-        samples, width = output.shape[0], states[0].shape[1]
-        whole = jnp.broadcast_to(jnp.arange(1.0, width + 1), (samples, width))
-        return {"part": output[:, 1:], "sum": output.sum(-1), "whole": whole}, new_states
-
     def run(inputs, states, arrays):
         options = {given.split()[0]: arrays} | flags
-        return jaxrnn.rnn(step, inputs, states, **options)
+        return jaxrnn.rnn(unlike_the_state, inputs, states, **options)
 
     arrays = lengths if given == "input_length" else MASK
     expected = run(inputs, states, arrays)
@@ -148,3 +150,45 @@ def test_shard_map(flags):
     )
     actual = jax.jit(split)(params, inputs, states, MASK)
     assert_same(actual, expectation(params, inputs, states))
+
+
+def delayed(x, states):
+    """Its second state lies as the inputs do from the second step on."""
+    h, before = states
+    return jnp.sin(x[:, :1]), [jnp.tanh(h + before + x.sum(axis=1, keepdims=True)), h]
+
+
+def counting(x, states):
+    """Its second state depends on no input, and is held by the mask alone."""
+    h, count = states
+    return h, [jnp.tanh(h + x.sum(axis=1, keepdims=True)), count + 1]
+
+
+def twice_the_state(x, states):
+    """Its output at the first step depends on no input."""
+    return 2 * states[0], [jnp.tanh(states[0] + x.sum(axis=1, keepdims=True)), states[1]]
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("flags", [{}, {"return_all_outputs": False}], ids=["all", "last"])
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("step", [delayed, counting, twice_the_state])
+def test_states_made_of_nothing_come_to_lie_as_their_step_has_them(step, masked, flags, axis_type):
+    _, inputs, _ = problem()
+
+    def run(inputs, *mask):
+        samples = inputs.shape[0]
+        states = [jnp.zeros((samples, 1)), jnp.zeros((samples, 1), int)]
+        if step is delayed:
+            states[1] = states[1].astype(float)
+        return jaxrnn.rnn(step, inputs, states, mask=mask[0] if mask else None, **flags)
+
+    operands = (inputs, MASK) if masked else (inputs,)
+    expected, mesh = run(*operands), mesh_of(axis_type)
+    split = run
+    if axis_type == AxisType.Auto:
+        specs = {"in_specs": P("batch"), "out_specs": P("batch")}
+        split = jax.shard_map(run, mesh=mesh, **specs)
+    with jax.set_mesh(mesh):
+        actual = jax.jit(split)(*jax.device_put(operands, NamedSharding(mesh, P("batch"))))
+    assert_same(actual, expected)

@@ -103,6 +103,11 @@ def around_the_loop(scan, cell, p, h, xs):
     return jax.vmap(lambda h, xs: scan(if_positive(cell, p), h, xs), (0, 1))(h, xs)
 
 
+def derivatives(run, scan):
+    """A number made of all that `run(scan, p)` gives, and its gradient by p."""
+    return jax.jit(jax.value_and_grad(lambda p: scalar_of(run(scan, p))))
+
+
 def products_per_sample(program, samples=SAMPLES):
     """The batched products in loops, but for those of heads."""
     found = [e for body in loops(program.jaxpr) for e, _ in equations(body) if e.primitive is DOT]
@@ -125,8 +130,9 @@ def test_one_product_for_all_samples(cell, mapped, samples):
     def run(scan):
         return jax.jit(jax.value_and_grad(functools.partial(loss, scan), (0, 1, 2), has_aux=True))
 
-    assert_same(run(SPLIT)(P, h, xs), run(lax.scan)(P, h, xs), scale=10)
-    found, per_sample = products_per_sample(jax.make_jaxpr(run(SPLIT))(P, h, xs), samples)
+    ours = run(SPLIT)
+    assert_same(ours(P, h, xs), run(lax.scan)(P, h, xs), scale=10)
+    found, per_sample = products_per_sample(jax.make_jaxpr(ours)(P, h, xs), samples)
     assert found
     assert not per_sample
 
@@ -140,10 +146,11 @@ def test_samples_look_up_in_one_table(mapped):
         return jnp.tanh(p["u"][place].sum(0) + h * p["w"][0, place[1]])
 
     def gradient(scan):
-        return jax.grad(lambda *args: scalar_of(mapped(scan, lookup, *args)), (0, 1))
+        return jax.jit(jax.grad(lambda *args: scalar_of(mapped(scan, lookup, *args)), (0, 1)))
 
-    assert_same(gradient(SPLIT)(P, H, XS), gradient(lax.scan)(P, H, XS), scale=10)
-    program = jax.make_jaxpr(gradient(SPLIT))(P, H, XS)
+    ours = gradient(SPLIT)
+    assert_same(ours(P, H, XS), gradient(lax.scan)(P, H, XS), scale=10)
+    program = jax.make_jaxpr(ours)(P, H, XS)
     numbers = [
         e.params["dimension_numbers"] for e, _ in equations(program.jaxpr) if e.primitive is GATHER
     ]
@@ -165,15 +172,13 @@ def test_an_ensemble_of_branches_per_sample(cell):
 
         return jax.vmap(member)(jnp.arange(1.0, 3))
 
-    def gradient(scan):
-        return jax.grad(lambda p: scalar_of(run(scan, p)))(P)
-
-    assert_same(gradient(SPLIT), gradient(lax.scan), scale=10)
+    assert_same(derivatives(run, SPLIT)(P), derivatives(run, lax.scan)(P), scale=10)
 
 
 def test_forward_mode():
     def run(scan):
-        return jax.jvp(lambda p: in_the_step(scan, nested, p, H, XS), (P,), (P,))
+        call = functools.partial(in_the_step, scan, nested, h=H, xs=XS)
+        return jax.jit(lambda p: jax.jvp(call, (p,), (p,)))(P)
 
     assert_same(run(SPLIT), run(lax.scan), scale=10)
 
@@ -187,24 +192,29 @@ def test_weights_repeated_by_hand():
 
         return scan(step, H, XS)
 
-    def gradient(scan):
-        return jax.grad(lambda u: scalar_of(run(scan, u)))
-
-    assert_same(gradient(SPLIT)(P["u"]), gradient(lax.scan)(P["u"]), scale=10)
-    found, per_sample = products_per_sample(jax.make_jaxpr(gradient(SPLIT))(P["u"]))
+    ours = derivatives(run, SPLIT)
+    assert_same(ours(P["u"]), derivatives(run, lax.scan)(P["u"]), scale=10)
+    found, per_sample = products_per_sample(jax.make_jaxpr(ours)(P["u"]))
     assert found
     assert not per_sample
 
 
-def test_each_factor_keeps_its_precision():
-    def cell(p, h, x):
-        return jnp.dot(p["u"], h, precision=("highest", "default")) + x @ p["w"]
+HALF_WEIGHTS = lax.DotAlgorithm("bfloat16", "float32", "float32", 1, 1, 1, False)
 
+
+@pytest.mark.parametrize("precision", [("highest", "default"), HALF_WEIGHTS], ids=["pair", "all"])
+def test_each_factor_keeps_its_precision(precision):
+    def cell(p, h, x):
+        return jnp.dot(p["u"], h, precision=precision) + x @ p["w"]
+
+    written = equations(jax.make_jaxpr(cell)(P, H[0], XS[0, 0]))
+    asked = next(e.params["precision"] for e, _ in written if e.primitive is DOT)
     found, _ = products_per_sample(jax.make_jaxpr(in_the_step, (0, 1))(SPLIT, cell, P, H, XS))
     (product,) = (e for e in found if e.params["precision"] is not None)
     weights = [operand.aval.shape for operand in product.invars].index((UNITS, UNITS))
-    assert product.params["precision"][weights] == lax.Precision.HIGHEST
-    assert product.params["precision"][1 - weights] == lax.Precision.DEFAULT
+    kept, first, second = product.params["precision"], weights, 1 - weights
+    assert (kept[first], kept[second], *kept[2:]) == tuple(asked)
+    assert type(kept) is type(asked)
 
 
 def root(p, h, x):
@@ -227,7 +237,8 @@ def test_a_branch_not_taken_leaves_no_trace(cell, mapped):
     xs = XS.at[:, 1].set(-1).at[:, 2, 0].set(0)
 
     def gradient(scan):
-        return jax.grad(lambda *args: scalar_of(mapped(scan, cell, *args)), (0, 1, 2))(P, H, xs)
+        of = jax.grad(lambda *args: scalar_of(mapped(scan, cell, *args)), (0, 1, 2))
+        return jax.jit(of)(P, H, xs)
 
     expected = gradient(lax.scan)
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(expected))
@@ -244,10 +255,7 @@ def test_copies_of_copies():
 
         return scan(step, H, XS)
 
-    def gradient(scan):
-        return jax.grad(lambda u: scalar_of(run(scan, u)))(P["u"])
-
-    assert_same(gradient(SPLIT), gradient(lax.scan), scale=10)
+    assert_same(derivatives(run, SPLIT)(P["u"]), derivatives(run, lax.scan)(P["u"]), scale=10)
 
 
 def test_samples_along_another_axis():
@@ -272,10 +280,7 @@ def test_samples_along_another_axis():
 
         return scan(step, square, xs)
 
-    def gradient(scan):
-        return jax.value_and_grad(lambda u: scalar_of(run(scan, u)))(square)
-
-    assert_same(gradient(SPLIT), gradient(lax.scan), scale=20)
+    assert_same(derivatives(run, SPLIT)(square), derivatives(run, lax.scan)(square), scale=20)
 
 
 def for_some(which, v):
@@ -305,11 +310,9 @@ def test_rows_that_somebody_reads_are_as_they_were(reader):
 
         return scan(step, H, XS)
 
-    def gradient(scan):
-        return jax.value_and_grad(lambda p: scalar_of(run(scan, p)))
-
-    assert_same(gradient(SPLIT)(P), gradient(lax.scan)(P), scale=10)
-    _, per_sample = products_per_sample(jax.make_jaxpr(gradient(SPLIT))(P))
+    ours = derivatives(run, SPLIT)
+    assert_same(ours(P), derivatives(run, lax.scan)(P), scale=10)
+    _, per_sample = products_per_sample(jax.make_jaxpr(ours)(P))
     assert bool(per_sample) == (reader != "those selected")
 
 
@@ -324,11 +327,9 @@ def test_weights_of_their_own_are_not_selected():
 
         return scan(step, H, XS)
 
-    def gradient(scan):
-        return jax.grad(lambda p: scalar_of(run(scan, p)))
-
-    assert_same(gradient(SPLIT)(weights), gradient(lax.scan)(weights), scale=10)
-    program = jax.make_jaxpr(gradient(SPLIT))(weights)
+    ours = derivatives(run, SPLIT)
+    assert_same(ours(weights), derivatives(run, lax.scan)(weights), scale=10)
+    program = jax.make_jaxpr(ours)(weights)
     selected = [
         e.outvars[0].aval.shape
         for body in loops(program.jaxpr)
@@ -356,10 +357,7 @@ def test_a_derivative_stopped_for_one_operand_alone(stopped):
 
         return scan(step, H, XS)
 
-    def gradient(scan):
-        return jax.grad(lambda p: scalar_of(run(scan, p)))(P)
-
-    assert_same(gradient(SPLIT), gradient(lax.scan), scale=10)
+    assert_same(derivatives(run, SPLIT)(P), derivatives(run, lax.scan)(P), scale=10)
 
 
 def test_results_alone_share_weights_too():
@@ -378,17 +376,14 @@ def test_results_alone_share_weights_too():
 
 
 MEMORY = draw(SAMPLES, FEATURES, UNITS)
+RECOMPUTED = functools.partial(SPLIT, chunk=2, remat=True)
 
 
-@pytest.mark.parametrize("padding", [0.0, jnp.nan, jnp.inf])
-@pytest.mark.parametrize("flags", [{}, {"chunk": 2, "remat": True}], ids=["plain", "remat"])
-@pytest.mark.parametrize("made_inside", [True, False])
-def test_a_factor_of_samples_that_skip_the_branch_may_be_infinite(padding, flags, made_inside):
-    skips = np.zeros((TIME, SAMPLES, 1), bool)
-    skips[1, 0] = skips[3:, 2] = True
-    xs = jnp.where(skips, padding, XS)
+@functools.cache
+def gradient_past_padding(scan, made_inside):
+    """By weights, memory and inputs, of which some samples are padding and skip a branch."""
 
-    def run(scan, p, memory, xs):
+    def run(p, memory, xs):
         def step(carry, x):
             h, m = carry
 
@@ -402,10 +397,16 @@ def test_a_factor_of_samples_that_skip_the_branch_may_be_infinite(padding, flags
 
         return jax.vmap(lambda h, m, x: scan(step, (h, m), x), in_axes=(0, 0, 1))(H, memory, xs)
 
-    def gradient(scan):
-        scalar = jax.jit(lambda p, m, xs: scalar_of(run(scan, p, m, xs)))
-        return jax.grad(scalar, (0, 1, 2))(P, MEMORY, xs)
+    return jax.jit(jax.grad(lambda *args: scalar_of(run(*args)), (0, 1, 2)))
 
-    expected = gradient(lax.scan)
+
+@pytest.mark.parametrize("padding", [0.0, jnp.nan, jnp.inf])
+@pytest.mark.parametrize("scan", [SPLIT, RECOMPUTED], ids=["plain", "remat"])
+@pytest.mark.parametrize("made_inside", [True, False])
+def test_a_factor_of_samples_that_skip_the_branch_may_be_infinite(padding, scan, made_inside):
+    skips = np.zeros((TIME, SAMPLES, 1), bool)
+    skips[1, 0] = skips[3:, 2] = True
+    xs = jnp.where(skips, padding, XS)
+    expected = gradient_past_padding(lax.scan, made_inside)(P, MEMORY, xs)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(expected[:2]))
-    assert_same(gradient(functools.partial(SPLIT, **flags)), expected, scale=10)
+    assert_same(gradient_past_padding(scan, made_inside)(P, MEMORY, xs), expected, scale=10)

@@ -12,7 +12,7 @@ from helpers import assert_same, reference_rnn, scalar_of
 
 import jaxrnn
 
-PROGRAMS, PER_TEST = 120, 10
+PROGRAMS, PER_TEST = 80, 10
 
 
 class Program(NamedTuple):
@@ -106,7 +106,7 @@ def draw_program(seed: int) -> Program:
         "return_all_outputs": bool(rng.random() < 0.7),
         "remat": bool(rng.random() < 0.3),
         "chunk": ["auto", None, 1, 2, 3, 50][rng.integers(6)],
-        "method": ["auto", "sequential", "sequential", "lax"][rng.integers(4)],
+        "method": ["sequential", "sequential", "sequential", "lax"][rng.integers(4)],
         "time_major": bool(rng.random() < 0.3),
     }
     for name in ("mask", "reset"):

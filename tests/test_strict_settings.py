@@ -92,9 +92,11 @@ def test_rnn(name):
 
 
 @pytest.mark.parametrize(
-    ("make", "use_bias"), [(cells.simple_rnn, True), (cells.gru, True), (cells.lstm, False)]
+    ("make", "use_bias", "compiled"),
+    # One of them eagerly, which takes long: while JAX looks for leaks it has no caches.
+    [(cells.simple_rnn, True, False), (cells.gru, True, True), (cells.lstm, False, True)],
 )
-def test_cells(make, use_bias):
+def test_cells(make, use_bias, compiled):
     inputs = draw(BATCH, TIME, FEATURES)
 
     def gradient():
@@ -107,9 +109,10 @@ def test_cells(make, use_bias):
 
         return jax.grad(loss)(params)
 
+    run = jax.jit(gradient) if compiled else gradient
     with strict():
-        actual = gradient()
-    assert_identical(actual, gradient())
+        actual = run()
+    assert_identical(actual, run())
 
 
 @pytest.mark.parametrize("flags", [{}, {"chunk": 2}, {"remat": True}])
@@ -133,3 +136,37 @@ def test_nothing_is_moved_to_the_device_between_calls(flags):
             jaxrnn.rnn(step, x, [h], mask=mask, time_major=True, **flags),
         )
     assert_same(actual, expected)
+
+
+def test_padding_may_be_nan_outside_jit_where_nan_is_looked_for():
+    mask = np.array([[1, 0], [1, 1]])
+    padded = jnp.where(mask[..., None] == 1, draw(2, 2, FEATURES), jnp.nan)
+    step, first = make_step(jnp, PARAMS), jnp.zeros((2, UNITS))
+
+    def loss(inputs):
+        return jnp.sum(jaxrnn.rnn(step, inputs, [first], mask=mask)[1] ** 2)
+
+    with jax.debug_nans(True):
+        gradient = jax.grad(loss)(padded)
+    assert_same(gradient, jax.grad(loss)(jnp.nan_to_num(padded)))
+
+
+def test_states_of_several_dtypes_in_parallel():
+    """They enter one another, or count in numbers of another dtype."""
+
+    def step(x, states):
+        a, b, count = states
+        new_a = jnp.float32(0.5) * a + b.astype(jnp.float32) + x
+        new_b = jnp.bfloat16(0.5) * b + a.astype(jnp.bfloat16)
+        count = (jnp.float32(2) * count.astype(jnp.float32)).astype(jnp.int32)
+        return a, [new_a, new_b, count]
+
+    inputs = draw(BATCH, TIME, 1)
+    states = [jnp.ones((BATCH, 1), dtype) for dtype in (jnp.float32, jnp.bfloat16, jnp.int32)]
+
+    def run(method):
+        return jaxrnn.rnn(step, inputs, states, method=method)
+
+    with strict():
+        actual = run("parallel")
+    assert_same(actual, run("lax"), compute_dtype=jnp.bfloat16)
