@@ -194,7 +194,7 @@ class _Cut:
             program = self._pass(time)
             if loop is not None or program.outvars:
                 stages.append(Stage(program, loop))
-        invariant = self._program(self._made(self.once), lambda time: time == -1)
+        invariant = self._program(self._made(self.once), lambda time, _: time == -1)
         stages.reverse()
         return Plan(
             self.body,
@@ -223,7 +223,8 @@ class _Cut:
 
     def _tail(self, wanted: list[Atom]) -> Program:
         """Work that is wanted of the last step alone; a last carry stands for a loop's last row."""
-        program = self._program(wanted, lambda time: time % 2 == 0)
+        # In a pass the last step is as well; a backward rule is to be given all that comes back.
+        program = self._program(wanted, lambda time, e: time % 2 == 0 and not has_backward_rule(e))
         self._want(v for v in program.invars if v not in self.new)
         return program
 
@@ -234,7 +235,7 @@ class _Cut:
         self.rows -= set(ys)
         new = [self.new[i] for i in members]
         old = [self.carries[i] for i in members]
-        program = self._program([*new, *ys], lambda t: t == time)
+        program = self._program([*new, *ys], lambda t, _: t == time)
         taken = [v for v in program.invars if v not in old]
         consts = tuple(v for v in taken if self._is_const(v))
         xs = tuple(v for v in taken if not self._is_const(v))
@@ -245,11 +246,11 @@ class _Cut:
     def _pass(self, time: int) -> Program:
         made = self._made(v for v in self.rows if self.times[v] == time)
         self.rows -= set(made)
-        program = self._program(made, lambda t: t == time)
+        program = self._program(made, lambda t, _: t == time)
         self._want(program.invars)
         return program
 
-    def _program(self, wanted: Sequence[Atom], own: Callable[[int], bool]) -> Program:
+    def _program(self, wanted: Sequence[Atom], own: Callable[[int, Equation], bool]) -> Program:
         """What makes `wanted`: equations whose time is `own`, and others where repeating pays."""
         missing, taken = set(variables(wanted)), set()
         equations = []
@@ -258,7 +259,7 @@ class _Cut:
             if not made:
                 continue
             missing -= made
-            if own(self._time(equation.outvars[0])) or self._repeats(equation):
+            if own(self._time(equation.outvars[0]), equation) or self._repeats(equation):
                 equations.append(equation)
                 missing |= set(variables(equation.invars))
             else:
@@ -311,7 +312,7 @@ class _Cut:
         """
         results = equation.outvars
         time = self._time(results[0])
-        if has_backward_rule(equation):  # it is to be given all that comes back, at once
+        if has_backward_rule(equation):  # as in `_tail`
             return False
         if any(v in self.accumulated for v in results):
             return time % 2 == 0 and self._is_made_in_place(equation)

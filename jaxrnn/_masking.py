@@ -47,6 +47,28 @@ def zero_unless(condition: Array, tree: PyTree) -> PyTree:
     )
 
 
+def without_lost(valid: Array, states: PyTree) -> tuple[PyTree, Array]:
+    """Zeros in place of states that hold NaN or infinity, of samples without a valid step.
+
+    A smooth step is computed for them, too, and thrown away. In its derivative zero would be
+    multiplied by what they hold.
+
+    Args:
+        valid: `[T, B]`, bool.
+        states: pytree of arrays `[B, ...]`.
+
+    Returns:
+        The states, and which samples these are, `[B]`, bool.
+    """
+    lost = jnp.zeros(valid.shape[1:], bool)
+    for leaf in jax.tree.leaves(states):
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            lost |= ~jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim)))
+    lost &= ~jnp.any(valid, axis=0)
+    zeros = jax.tree.map(lambda s: s if is_key(s) else jnp.zeros_like(s), states)
+    return select(~lost, states, zeros), lost
+
+
 def substitutes(
     valid: Array, inputs: PyTree, states: PyTree, go_backwards: bool
 ) -> tuple[PyTree, PyTree]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxrnn import _arguments, _masking
 from jaxrnn._arguments import Operands, Step
@@ -179,6 +180,9 @@ def run(
         fill_input, fill_states = _masking.substitutes(
             valid, inputs, None if smooth else states, options.go_backwards
         )
+    start, lost = states, None
+    if valid is not None and smooth:
+        start, lost = _masking.without_lost(valid, states)
     chunk = options.chunk
     time = jax.tree.leaves(inputs)[0].shape[0]
     selects = carry_output and not options.return_all_outputs and valid is not None
@@ -190,7 +194,7 @@ def run(
         old_states, held = carry
         input_t, valid_t, reset_t = slice_t
         if reset_t is not None:
-            old_states = _masking.select(~reset_t, old_states, states)
+            old_states = _masking.select(~reset_t, old_states, start)
         fed = old_states
         if valid_t is not None:
             input_t = _masking.select(valid_t, input_t, fill_input)
@@ -214,7 +218,7 @@ def run(
 
     (new_states, held), outputs = scan(
         body,
-        (states, held),
+        (start, held),
         (lying, valid, reset),
         (axis, 0, 0),
         axis,
@@ -227,10 +231,26 @@ def run(
             method=options.method,
         ),
     )
-    remembered = None
-    if hold:
-        remembered = held if carry_output else _first_state(new_states)
+    if lost is not None:
+        new_states = _masking.select(~lost, new_states, states)
+        if output_is_state and options.return_all_outputs and not options.zero_output_for_mask:
+            outputs = _with_lost(outputs, _first_state(states), lost, axis)
+    last = held if carry_output else _first_state(new_states)
+    remembered = last if hold else None
     return *_assemble(options, valid, remembered, outputs), new_states
+
+
+def _with_lost(outputs: PyTree, first: PyTree, lost: Array, axis: int) -> PyTree:
+    """`outputs`, time on `axis`, with the `first` state at each step of samples that are lost.
+
+    As a rule there are none, and nothing is done.
+    """
+
+    def filled(outputs: PyTree) -> PyTree:
+        row = functools.partial(_masking.select, ~lost)
+        return jax.vmap(row, (axis, None), axis)(outputs, first)
+
+    return lax.cond(jnp.any(lost), filled, lambda outputs: outputs, outputs)
 
 
 def _assemble(

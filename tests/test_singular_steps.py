@@ -196,3 +196,53 @@ def test_gradients_stay_finite_when_all_integers_are_padding(padding):
 
     slope = jax.grad(loss)(jnp.float32(2.0), jnp.full((2, 4, 1), padding))
     np.testing.assert_array_equal(slope, 0.0)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        BLOCKS,
+        {"go_backwards": True, "time_major": True},
+        {"zero_output_for_mask": True},
+        {"return_all_outputs": False, "remat": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("readout", [False, True])
+def test_a_sample_without_valid_steps_keeps_its_state_to_itself(readout, flags, value):
+    rng = np.random.default_rng(3)
+    time_major = flags.get("time_major", False)
+    inputs = rng.normal(size=(3, 7, 4)).astype(np.float32)
+    w, u = (rng.normal(size=(4, 4)).astype(np.float32) for _ in range(2))
+    first, count = np.ones((3, 4), np.float32), np.zeros(3, np.int32)
+    mask = GAPS.T if time_major else GAPS
+    inputs = inputs.swapaxes(0, 1) if time_major else inputs
+
+    def call(params, first):
+        def step(x, states):
+            h = jnp.tanh(x @ params[0] + states[0] @ params[1])
+            return h * 2 if readout else h, [h, states[1] + 1]
+
+        return jaxrnn.rnn(step, inputs, [first, count], mask=mask, **flags)
+
+    def others(params, first):
+        """What is made of all but the last sample."""
+        last, outputs, (state, _) = call(params, first)
+        outputs = outputs[:, :2] if time_major else outputs[:2]
+        return scalar_of((last[:2], outputs, state[:2]))
+
+    poisoned = first.copy()
+    poisoned[2, 1] = value
+    derivative = jax.jit(jax.value_and_grad(others, (0, 1)))
+    assert_identical(derivative((w, u), poisoned), derivative((w, u), first))
+
+    def placed(results):
+        last, outputs, (state, _) = results
+        return last[2], outputs[:, 2] if time_major else outputs[2], state[2]
+
+    last, outputs, state = jax.jit(lambda *a: placed(call(*a)))((w, u), poisoned)
+    held = np.zeros(4) if flags.get("zero_output_for_mask") else poisoned[2]
+    np.testing.assert_array_equal(state, poisoned[2])
+    np.testing.assert_array_equal(last, held)
+    np.testing.assert_array_equal(outputs, np.broadcast_to(held, outputs.shape))
