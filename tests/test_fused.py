@@ -187,7 +187,7 @@ def test_features_as_many_as_samples_are_no_samples():
 
     assert_same(FUSED(body, h, xs), lax.scan(body, h, xs))
     with pytest.raises(ValueError, match="mixes samples or is shared by them"):
-        FUSED(lambda h, x: (h * jnp.squeeze(x[:1, :1] + p["b"][None], 0)[:, None],) * 2, h, xs)
+        FUSED(lambda h, x: (h * jnp.sum(x[:, :1] + p["b"][None], 0)[:, None],) * 2, h, xs)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
