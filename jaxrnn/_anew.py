@@ -1,12 +1,12 @@
 """What has to run at each step even if it is given the same at all of them.
 
-Random bits are new ones each time. And a backward rule (`jax.custom_vjp`) is called with the
+`lax.rng_uniform` draws anew each time. And a backward rule (`jax.custom_vjp`) is called with the
 cotangent of each step by `lax.scan`, but with the sum of them where the function has run once. That
 is the same only for a rule that is linear, as that of a straight-through estimator is, and not for
 one that clips.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from jaxrnn._jaxpr import (
 )
 from jaxrnn._primitives import (
     PRODUCTS,
+    convert_element_type_p,
     custom_lin_p,
     custom_vjp_call_p,
     div_p,
@@ -40,23 +41,28 @@ Array = jax.Array
 
 def has_backward_rule(equation: Equation) -> bool:
     """Whether `equation` calls a `custom_vjp` function."""
-    inside = inner_equations(equation)
-    return equation.primitive is custom_vjp_call_p or any(map(has_backward_rule, inside))
+    return any(map(_is_rule, _with_inner([equation])))
 
 
 def is_anew(equation: Equation) -> bool:
     """Whether `equation` has to run at each step."""
-    if equation.primitive is custom_vjp_call_p and not _has_linear_rule(equation):
+    if _is_rule(equation) and not _has_linear_rule(equation):
         return True
+    # The tangent of a `custom_vjp` function, in a step that differentiates one, is its rule.
     is_one = equation.primitive in (custom_lin_p, rng_uniform_p)
     return is_one or any(map(is_anew, inner_equations(equation)))
 
 
-def _has_linear_rule(equation: Equation) -> bool:
-    """Whether the backward rule of a `custom_vjp` function is linear, and has no effects."""
+def _has_linear_rule(equation: Equation, deep: int = 2) -> bool:
+    """Whether the backward rule of a `custom_vjp` function is linear, as far as can be told.
+
+    Of rules that it calls itself, for second derivatives, those that lie so `deep` are asked, too;
+    a function that is called by its own forward rule is met again and again.
+    """
     outs, operands = equation.outvars, variables(equation.invars)
     moving = [v for v in operands if _is_inexact(v)]
-    if not all(map(_is_inexact, outs)):
+    # With symbolic zeros the rule may be another one where it is called.
+    if equation.params["symbolic_zeros"] or not all(map(_is_inexact, outs)):
         return False
 
     def pulled_back(*args: Array) -> list[Array]:
@@ -75,11 +81,27 @@ def _has_linear_rule(equation: Equation) -> bool:
     try:
         rule = trace(pulled_back, *types)
         inlined = trace(lambda *args: inline(rule.program, *rule.consts, *args), *types)
-    except Exception:  # a mistake in the rule, of which a derivative will tell
+    except Exception:  # whatever a rule raises that is wrong, or not to be had here
         return False
     start = len(inlined.consts)
     sources = inlined.program.invars[start : start + len(outs)]
-    return not rule.has_effects and _is_linear_in(inlined.program, sources)
+    inside = list(_with_inner(inlined.program.equations))
+    return (
+        not rule.has_effects
+        and all(e.primitive is not rng_uniform_p for e in inside)
+        and _is_linear_in(inlined.program, sources)
+        and all(_has_linear_rule(e, deep - 1) for e in inside if deep and _is_rule(e))
+    )
+
+
+def _is_rule(equation: Equation) -> bool:
+    return equation.primitive is custom_vjp_call_p
+
+
+def _with_inner(equations: Iterable[Equation]) -> Iterator[Equation]:
+    for equation in equations:
+        yield equation
+        yield from _with_inner(inner_equations(equation))
 
 
 def _is_linear_in(program: Program, sources: Iterable[Var]) -> bool:
@@ -100,11 +122,21 @@ def _is_linear_in(program: Program, sources: Iterable[Var]) -> bool:
             keeps = operands[0] not in moving and all(map(may_be_added, operands[1:]))
         else:
             keeps = is_linear(equation) and all(map(may_be_added, operands))
+            keeps = keeps and not _narrows(equation)
         if keeps and all(map(_is_inexact, equation.outvars)):
             linear.update(equation.outvars)
         elif moving:
             return False
     return all(map(may_be_added, program.outvars))
+
+
+def _narrows(equation: Equation) -> bool:
+    """Whether `equation` casts to fewer digits, by which small numbers may vanish that add up."""
+    ends = *equation.invars, *equation.outvars
+    if equation.primitive is not convert_element_type_p or not all(map(_is_inexact, ends)):
+        return False
+    old, new = (dtype(v).itemsize for v in ends)
+    return bool(new < old)
 
 
 def _is_inexact(v: Atom) -> bool:

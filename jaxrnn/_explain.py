@@ -94,7 +94,7 @@ def explain(
         def leaves(arrays: Operands) -> list[Array]:
             # Not all constants need be arrays.
             arrays = arrays._replace(constants=operands.constants)
-            return jax.tree.leaves(_rnn.run(step_function, settings, arrays, listen))
+            return jax.tree.leaves(_rnn.run(args[0], settings, arrays, listen))
 
         return jax.eval_shape(leaves, operands._replace(constants=[]))
 
@@ -209,14 +209,15 @@ def _figures(traced: Traced, split: Split, xs: PyTree, way: Way) -> list[str]:
         f"multiply-adds per step    {inside:>14,} in the loop, {outside:,} outside",
         f"  plain lax.scan          {before:>14,} in the loop",
     ]
+    rows = jax.tree.leaves(xs)
     try:
-        ours, theirs = _kept_bytes(traced, split, xs, way)
+        theirs = _kept_plainly(traced, split, rows, way)
     except Exception as error:  # whatever an operation without a derivative raises
         why, *_ = str(error).splitlines() or [type(error).__name__]
         return lines + textwrap.wrap(f"no gradient: {why}", _WIDTH)
     return [
         *lines,
-        f"kept for the gradient     {_mebibytes(ours):>14}",
+        f"kept for the gradient     {_mebibytes(_kept(split, rows, way)):>14}",
         f"  plain lax.scan          {_mebibytes(theirs):>14}",
     ]
 
@@ -234,21 +235,23 @@ def _work_of(equation: Equation) -> int:
     return _jaxpr.multiply_adds(equation) + repeated * sum(inside)
 
 
-def _kept_bytes(traced: Traced, split: Split, xs: PyTree, way: Way) -> tuple[int, int]:
-    """What the backward pass keeps beside the arguments, here and with plain `lax.scan`."""
-    carry, rows = split.carry, jax.tree.leaves(xs)
+def _kept(split: Split, rows: list[Array], way: Way) -> int:
+    """The bytes that the backward pass keeps beside the arguments."""
 
     def ours(consts: Sequence[Array], carry: list[Array], rows: list[Array]) -> PyTree:
         ys = len(split.plan.body.outvars) - len(carry)
         return run_split(split.plan, consts, carry, rows, Axes.first(len(rows), ys), *way)
 
+    return _residual_bytes(ours, split.consts, split.carry, rows)
+
+
+def _kept_plainly(traced: Traced, split: Split, rows: list[Array], way: Way) -> int:
+    """The same with plain `lax.scan`."""
+
     def theirs(consts: Sequence[Array], carry: list[Array], rows: list[Array]) -> PyTree:
         return run_plain(traced.program, consts, carry, rows, way.steps)
 
-    return (
-        _residual_bytes(ours, split.consts, carry, rows),
-        _residual_bytes(theirs, traced.consts, carry, rows),
-    )
+    return _residual_bytes(theirs, traced.consts, split.carry, rows)
 
 
 def _residual_bytes(f: Callable[..., PyTree], *groups: Sequence[Array]) -> int:

@@ -180,7 +180,7 @@ class _Cut:
 
     def plan(self) -> Plan:
         unread = self._unread()
-        tail = self._tail([self.new[i] for i in unread])
+        tail = self._tail(unread)
         self._want(variables(self.body.outvars[self.carry :]))
         last = max([*self.times.values(), 0])
         stages: list[Stage] = []
@@ -221,11 +221,13 @@ class _Cut:
             if old not in read and new is not old and self._time(new) % 2 == 0
         )
 
-    def _tail(self, wanted: list[Atom]) -> Program:
+    def _tail(self, unread: Sequence[int]) -> Program:
         """Work that is wanted of the last step alone; a last carry stands for a loop's last row."""
-        # In a pass the last step is as well; a backward rule is to be given all that comes back.
+        # A pass makes the last step, too: a backward rule would be called twice, for a part each.
+        wanted = [self.new[i] for i in unread]
         program = self._program(wanted, lambda time, e: time % 2 == 0 and not has_backward_rule(e))
-        self._want(v for v in program.invars if v not in self.new)
+        ends = {v for i, v in enumerate(self.new) if i not in unread}
+        self._want(v for v in program.invars if v not in ends)
         return program
 
     def _loop(self, time: int, members: tuple[int, ...]) -> Loop | None:
@@ -312,7 +314,7 @@ class _Cut:
         """
         results = equation.outvars
         time = self._time(results[0])
-        if has_backward_rule(equation):  # as in `_tail`
+        if has_backward_rule(equation):  # it would be called twice, see `_tail`
             return False
         if any(v in self.accumulated for v in results):
             return time % 2 == 0 and self._is_made_in_place(equation)

@@ -310,9 +310,9 @@ def product_options(equation: Equation, *, swapped: bool) -> dict[str, Any]:
     """The parameters of a matrix product but for its axes; with its operands `swapped`."""
     options = {name: x for name, x in equation.params.items() if name != "dimension_numbers"}
     precision = options["precision"]
-    if swapped and isinstance(precision, tuple):  # of each operand; more in a `DotAlgorithm`
-        make = getattr(precision, "_make", tuple)
-        options["precision"] = make((precision[1], precision[0], *precision[2:]))
+    if swapped and isinstance(precision, tuple):  # of both operands, or a `DotAlgorithm`
+        order = (1, 0, 2, 4, 3, 5, 6)[: len(precision)]
+        options["precision"] = getattr(precision, "_make", tuple)(precision[i] for i in order)
     return options
 
 

@@ -47,26 +47,49 @@ def zero_unless(condition: Array, tree: PyTree) -> PyTree:
     )
 
 
-def without_lost(valid: Array, states: PyTree) -> tuple[PyTree, Array]:
-    """Zeros in place of states that hold NaN or infinity, of samples without a valid step.
+def lost(valid: Array, state: Array) -> Array:
+    """The samples without a valid step in whose state is NaN or infinity, `[B]`, bool.
 
     A smooth step is computed for them, too, and thrown away. In its derivative zero would be
     multiplied by what they hold.
 
     Args:
         valid: `[T, B]`, bool.
-        states: pytree of arrays `[B, ...]`.
-
-    Returns:
-        The states, and which samples these are, `[B]`, bool.
+        state: `[B, ...]`, of floats.
     """
-    lost = jnp.zeros(valid.shape[1:], bool)
-    for leaf in jax.tree.leaves(states):
-        if jnp.issubdtype(leaf.dtype, jnp.inexact):
-            lost |= ~jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim)))
-    lost &= ~jnp.any(valid, axis=0)
-    zeros = jax.tree.map(lambda s: s if is_key(s) else jnp.zeros_like(s), states)
-    return select(~lost, states, zeros), lost
+    is_finite = jnp.all(jnp.isfinite(state), axis=tuple(range(1, state.ndim)))
+    has_any = samples_placed_as(jnp.any(valid, axis=0), jax.typeof(state))
+    return ~(is_finite | has_any)
+
+
+def without_lost(valid: Array, states: PyTree) -> PyTree:
+    """`states`, pytree of arrays `[B, ...]`, with zeros where a sample is lost."""
+
+    def start(state: Array) -> Array:
+        if not jnp.issubdtype(state.dtype, jnp.inexact):
+            return state
+        return zero_unless(~lost(valid, state), state)
+
+    return jax.tree.map(start, states)
+
+
+def with_lost(valid: Array, outputs: PyTree, states: PyTree, axis: int) -> PyTree:
+    """`outputs` with the states of lost samples at each step; time is on `axis`.
+
+    As a rule there are none, and nothing is done; but for a selection under `vmap`.
+    """
+
+    def put(rows: Array, state: Array) -> Array:
+        if not jnp.issubdtype(state.dtype, jnp.inexact):
+            return rows
+        is_lost = lost(valid, state)
+        where = jnp.expand_dims(_align(is_lost, state), axis)
+        row = jnp.expand_dims(state, axis)
+        return lax.cond(
+            jnp.any(is_lost), lambda rows: jnp.where(where, row, rows), lambda rows: rows, rows
+        )
+
+    return jax.tree.map(put, outputs, states)
 
 
 def substitutes(
@@ -78,7 +101,8 @@ def substitutes(
     the step has to be evaluated anyway. The row alone would not do, for a step that divides by its
     distance from the row before. A sample without any valid row gets both from one that has some.
     If none has, the row is a ramp inside (0, 1): unlike zeros or ones it is no singular point of
-    logarithms, roots, quotients or of normalising a row by its spread. Integers are ones then.
+    logarithms, roots, quotients or of normalising a row by its spread. Integers are ones then, and
+    of the states what is NaN or infinite is replaced.
 
     Args:
         valid: `[T, B]`, bool.
@@ -116,7 +140,14 @@ def substitutes(
         made_up = _ramp(row.shape[1:]) if is_inexact else jnp.ones(row.shape[1:])
         return jnp.where(some, row, made_up.astype(leaf.dtype)[None])
 
-    return jax.tree.map(row, inputs), jax.tree.map(own_or_lent, states)
+    def state(leaf: Array) -> Array:
+        own = own_or_lent(leaf)
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return own
+        made_up = _ramp(own.shape[1:]).astype(leaf.dtype)[None]
+        return jnp.where(some | jnp.isfinite(own), own, made_up)
+
+    return jax.tree.map(row, inputs), jax.tree.map(state, states)
 
 
 def _ramp(shape: tuple[int, ...]) -> Array:

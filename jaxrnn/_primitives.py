@@ -69,7 +69,7 @@ WRITES = frozenset(
         p.scatter_mul_p,
         p.scatter_p,
     }
-)
+) | {getattr(lax, name) for name in ("scatter_sub_p",) if hasattr(lax, name)}
 FREE = frozenset(
     {
         p.broadcast_in_dim_p,

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxrnn._block import (
     Axes,
@@ -35,7 +34,6 @@ from jaxrnn._jaxpr import (
     Traced,
     Var,
     bind,
-    dtype,
     has_own_rule,
     hides_product,
     inline,
@@ -180,7 +178,7 @@ def _run(
         keeping, given = program.cut(program.invars, [*new, *held.rows], program.equations), consts
         if any(map(has_own_rule, program.equations)):
             example = [row_of(x, axis, 0) for x, axis in zip(xs, axes.xs, strict=True)]
-            traced = _as_differentiated(keeping, *consts, *carry, *example)
+            traced = _as_differentiated(keeping, held.moving, *consts, *carry, *example)
             if traced.has_effects:
                 return _derivative(step_by_step, primals, tangents)
             keeping, given = traced.program, [*traced.consts, *consts]
@@ -200,28 +198,31 @@ def _run(
     return run(list(consts), list(carry), list(xs))
 
 
-def _as_differentiated(program: Program, *args: Any) -> Traced:
+def _as_differentiated(program: Program, moving: set[Var], *args: Any) -> Traced:
     """`program` as it is once differentiated: with what the user's derivative rules compute.
 
     A `custom_jvp` rule gives results, too, and a `custom_vjp` function has no forward mode, but its
-    forward rule may: values and second derivatives are those of the rules.
+    forward rule may: values and second derivatives are those of the rules. That is where one of the
+    variables that are `moving` comes in; a `custom_vjp` function may not be asked for derivatives
+    by an array that it closes over.
     """
-    traced = trace(functools.partial(inline, program, apply=_by_rules), *args)
+    apply = functools.partial(_by_rules, moving)
+    traced = trace(functools.partial(inline, program, apply=apply), *args)
     inlined = trace(functools.partial(inline, traced.program), *traced.consts, *args)
     return inlined._replace(consts=(*inlined.consts, *traced.consts))
 
 
-def _by_rules(equation: Equation, values: Sequence[Any]) -> list[Any]:
+def _by_rules(moving: set[Var], equation: Equation, values: Sequence[Any]) -> list[Any]:
     """The results of `equation`, by the derivative rules of the functions that it calls."""
-    if not has_own_rule(equation):
+    places = [i for i, a in enumerate(equation.invars) if isinstance(a, Var) and a in moving]
+    if not (places and has_own_rule(equation)):
         return bind(equation, values)
-    moving = [i for i, a in enumerate(equation.invars) if jnp.issubdtype(dtype(a), jnp.inexact)]
 
     def call(*moved: Array) -> list[Any]:
-        placed = dict(zip(moving, moved, strict=True))
+        placed = dict(zip(places, moved, strict=True))
         return bind(equation, [placed.get(i, v) for i, v in enumerate(values)])
 
-    results: list[Any] = jax.vjp(call, *(values[i] for i in moving))[0]
+    results: list[Any] = jax.vjp(call, *(values[i] for i in places))[0]
     return results
 
 

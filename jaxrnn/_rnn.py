@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxrnn import _arguments, _masking
 from jaxrnn._arguments import Operands, Step
@@ -180,9 +179,9 @@ def run(
         fill_input, fill_states = _masking.substitutes(
             valid, inputs, None if smooth else states, options.go_backwards
         )
-    start, lost = states, None
-    if valid is not None and smooth:
-        start, lost = _masking.without_lost(valid, states)
+    # Samples that hold a state of their own through a smooth step, which is fed what they hold.
+    holding = valid if smooth else None
+    start = states if holding is None else _masking.without_lost(holding, states)
     chunk = options.chunk
     time = jax.tree.leaves(inputs)[0].shape[0]
     selects = carry_output and not options.return_all_outputs and valid is not None
@@ -231,26 +230,14 @@ def run(
             method=options.method,
         ),
     )
-    if lost is not None:
-        new_states = _masking.select(~lost, new_states, states)
+    if holding is not None:
+        new_states = _masking.select(jnp.any(holding, axis=0), new_states, states)
         if output_is_state and options.return_all_outputs and not options.zero_output_for_mask:
-            outputs = _with_lost(outputs, _first_state(states), lost, axis)
+            first = _first_state(states)
+            outputs = _masking.with_lost(holding, outputs, first, axis)
     last = held if carry_output else _first_state(new_states)
     remembered = last if hold else None
     return *_assemble(options, valid, remembered, outputs), new_states
-
-
-def _with_lost(outputs: PyTree, first: PyTree, lost: Array, axis: int) -> PyTree:
-    """`outputs`, time on `axis`, with the `first` state at each step of samples that are lost.
-
-    As a rule there are none, and nothing is done.
-    """
-
-    def filled(outputs: PyTree) -> PyTree:
-        row = functools.partial(_masking.select, ~lost)
-        return jax.vmap(row, (axis, None), axis)(outputs, first)
-
-    return lax.cond(jnp.any(lost), filled, lambda outputs: outputs, outputs)
 
 
 def _assemble(

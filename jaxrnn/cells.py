@@ -18,7 +18,7 @@ States keep the dtype in which they came, and they are updated in the wider of t
 `dtype=jnp.bfloat16` over float32 states, an LSTM's cell state accumulates in float32.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from operator import index
 from typing import NamedTuple
 
@@ -271,7 +271,7 @@ class _Form(NamedTuple):
     def read(self, params: Params) -> tuple[Array, Array, Array]:
         """Checks parameters; returns kernel, recurrent kernel and bias in the compute dtype."""
         names = ["kernel", "recurrent_kernel"] + ["bias"] * (self.bias_shape is not None)
-        if not isinstance(params, Mapping):
+        if not hasattr(params, "keys"):
             raise TypeError(
                 f"{self.name}: params is a {type(params).__name__}, expected a dict with keys "
                 f"{names}; a list in this order becomes one by dict(zip({names}, params))"

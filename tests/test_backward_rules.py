@@ -65,6 +65,9 @@ def pair(w):
 
 pair.defvjp(lambda w: (pair(w), w), lambda w, g: (w * g[0] + jnp.concatenate([g[1][:3], w[3:]]),))
 
+scaled = identity_with(lambda _, g: 2 * g)
+clipped = identity_with(lambda _, g: jnp.clip(g, -0.1, 0.1))
+
 LINEAR = {
     "identity": lambda _, g: g,
     "within_a_range": lambda w, g: jnp.where(jnp.abs(w) < 0.2, g, 0.0),
@@ -73,6 +76,7 @@ LINEAR = {
     "projected": lambda w, g: g - w * jnp.sum(w * g) / jnp.sum(w * w),
     "product": lambda w, g: w @ g @ w,
     "padded": lambda _, g: jnp.pad(g[1:, :-1], ((0, 1), (1, 0))),
+    "by_a_linear_rule": lambda w, g: g * scaled(w),
 }
 OTHERS = {
     "clipped": lambda _, g: jnp.clip(g, -0.1, 0.1),
@@ -85,6 +89,8 @@ OTHERS = {
     "a_padding_that_counts": lambda _, g: jnp.pad(g[1:], ((0, 1), (0, 0)), constant_values=0.1),
     "in_whole_numbers": lambda _, g: (10 * g).astype(int).astype(g.dtype),
     "printed": lambda _, g: printed(g),
+    "of_few_digits": lambda _, g: g.astype(jnp.bfloat16).astype(g.dtype),
+    "by_another_rule": lambda w, g: g * clipped(w),
 }
 
 
@@ -157,7 +163,15 @@ def _backward(x, g):
 seen_both_ways.defvjp(_forward, _backward)
 
 
-@pytest.mark.parametrize("function", [seen_from_afar, seen_both_ways], ids=["jvp", "vjp"])
+@jax.custom_vjp
+def seen_backwards(x):
+    return jnp.sin(x)
+
+
+seen_backwards.defvjp(lambda x: (jnp.sin(x), x), _backward)
+
+
+@pytest.mark.parametrize("function", [seen_from_afar, seen_both_ways, seen_backwards])
 def test_what_a_rule_prints_is_printed_at_each_step(function, capfd):
     def step(h, x, w, u):
         h = jnp.tanh(function(x @ w) + function(h @ u))
@@ -175,3 +189,27 @@ def test_what_a_rule_prints_is_printed_at_each_step(function, capfd):
     assert kinds == kinds_expected
     np.testing.assert_allclose(numbers, numbers_expected, rtol=1e-3, atol=1e-5)
     assert_same(gradients, expected, scale=20)
+
+
+@jax.custom_jvp
+def other_once_differentiated(x):
+    return jnp.sin(x)
+
+
+@other_once_differentiated.defjvp
+def _other_once_differentiated_jvp(primals, tangents):
+    return 1.5 * jnp.sin(primals[0]), jnp.cos(primals[0]) * tangents[0]
+
+
+def test_values_of_a_rule_are_taken_where_a_derivative_is():
+    def value_and_gradient(scan):
+        def loss(u):
+            def body(h, x):
+                h = jnp.tanh(other_once_differentiated(x @ W) + other_once_differentiated(h @ u))
+                return h, h
+
+            return jnp.sum(scan(body, H, XS)[1])
+
+        return jax.jit(jax.value_and_grad(loss))(U)
+
+    assert_same(value_and_gradient(split), value_and_gradient(lax.scan), scale=20)

@@ -271,7 +271,8 @@ def test_mistakes_are_reported_as_rnn_reports_them(problem):
 
 
 def test_mistakes_in_states_are_those_of_one_direction(problem):
-    forward, _ = problem["initial"]
-    with pytest.raises(ValueError, match="initial_states") as caught:
-        bidirectional(*problem["steps"], problem["x"], [forward], None)
-    assert "initial_states are backward_states" in "".join(caught.value.__notes__)
+    forward, backward = problem["initial"]
+    for states, name in [([forward], None), "backward"], [(None, [backward]), "forward"]:
+        with pytest.raises(ValueError, match="initial_states") as caught:
+            bidirectional(*problem["steps"], problem["x"], *states)
+        assert f"initial_states are {name}_states" in "".join(caught.value.__notes__)

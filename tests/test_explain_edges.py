@@ -22,6 +22,10 @@ def test_types_stand_for_arrays():
     types, mask_type = jax.eval_shape(lambda *x: x, arrays, mask)
     expected = jaxrnn.explain(elman, *arrays, mask=mask, chunk=3)
     assert jaxrnn.explain(elman, *types, mask=mask_type, chunk=3) == expected
+    time_first = jnp.moveaxis(arrays[0], 1, 0)
+    scanned = jax.eval_shape(lambda *x: x, arrays[1], time_first)
+    expected = jaxrnn.explain_scan(lambda h, x: elman(x, h)[::-1], arrays[1], time_first)
+    assert jaxrnn.explain_scan(lambda h, x: elman(x, h)[::-1], *scanned) == expected
     with pytest.raises(TypeError, match=r"inputs is a type of shape \(2, 6, 3\)"):
         jaxrnn.rnn(elman, *types)
 

@@ -192,3 +192,27 @@ def test_states_made_of_nothing_come_to_lie_as_their_step_has_them(step, masked,
     with jax.set_mesh(mesh):
         actual = jax.jit(split)(*jax.device_put(operands, NamedSharding(mesh, P("batch"))))
     assert_same(actual, expected)
+
+
+def test_a_state_that_is_the_same_on_all_devices_stays_so():
+    """Units are split over the devices, and inputs, mask and a count are not."""
+    _, inputs, _ = problem()
+
+    def run(w, inputs, mask):
+        def step(x, states):
+            h, count = states
+            return count * 2, [jnp.tanh(h + x @ w), count + 1]
+
+        samples = len(inputs)
+        states = [jnp.zeros((samples, w.shape[1])), jnp.zeros((samples, 1))]
+        return jaxrnn.rnn(step, inputs, states, mask=mask)
+
+    w = np.float32(np.random.default_rng(0).normal(size=(inputs.shape[-1], 2 * DEVICES)))
+    by_units = P(None, "batch")
+    split = jax.shard_map(
+        run,
+        mesh=mesh_of(AxisType.Auto),
+        in_specs=(by_units, P(), P()),
+        out_specs=(P(), P(), [by_units, P()]),
+    )
+    assert_same(jax.jit(split)(w, inputs, MASK), run(w, inputs, MASK))

@@ -199,7 +199,15 @@ def test_weights_repeated_by_hand():
     assert not per_sample
 
 
-HALF_WEIGHTS = lax.DotAlgorithm("bfloat16", "float32", "float32", 1, 1, 1, False)
+HALF_WEIGHTS = lax.DotAlgorithm("bfloat16", "float32", "float32", 3, 1, 3, False)
+
+
+def of_factor(precision, place):
+    """What a precision says of the left or the right factor."""
+    if not isinstance(precision, lax.DotAlgorithm):
+        return precision[place]
+    side = ("lhs", "rhs")[place]
+    return [getattr(precision, f"{side}_{what}") for what in ("precision_type", "component_count")]
 
 
 @pytest.mark.parametrize("precision", [("highest", "default"), HALF_WEIGHTS], ids=["pair", "all"])
@@ -212,9 +220,10 @@ def test_each_factor_keeps_its_precision(precision):
     found, _ = products_per_sample(jax.make_jaxpr(in_the_step, (0, 1))(SPLIT, cell, P, H, XS))
     (product,) = (e for e in found if e.params["precision"] is not None)
     weights = [operand.aval.shape for operand in product.invars].index((UNITS, UNITS))
-    kept, first, second = product.params["precision"], weights, 1 - weights
-    assert (kept[first], kept[second], *kept[2:]) == tuple(asked)
+    kept = product.params["precision"]
     assert type(kept) is type(asked)
+    for place in (0, 1):
+        assert of_factor(kept, weights if place == 0 else 1 - weights) == of_factor(asked, place)
 
 
 def root(p, h, x):

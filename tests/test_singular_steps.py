@@ -246,3 +246,36 @@ def test_a_sample_without_valid_steps_keeps_its_state_to_itself(readout, flags, 
     np.testing.assert_array_equal(state, poisoned[2])
     np.testing.assert_array_equal(last, held)
     np.testing.assert_array_equal(outputs, np.broadcast_to(held, outputs.shape))
+
+
+def test_a_state_of_nan_does_no_harm_where_all_is_masked():
+    """The step is singular somewhere, and there is no sample whose state it could be lent."""
+
+    def loss(w, first):
+        def step(x, states):
+            h = jnp.exp(x @ w + states[0])
+            return h, [h]
+
+        last, _, _ = jaxrnn.rnn(step, jnp.ones((2, 3, 4)), [first], mask=jnp.zeros((2, 3)))
+        return jnp.sum(last[:, 0])
+
+    first = jnp.full((2, 4), jnp.nan).at[:, 0].set(2.0)
+    value, gradient = jax.value_and_grad(loss)(jnp.eye(4), first)
+    assert value == 4
+    np.testing.assert_array_equal(gradient, np.zeros((4, 4)))
+
+
+def test_a_masked_step_without_an_output():
+    w, inputs = jnp.eye(4), np.ones((3, 7, 4), np.float32)
+
+    def step(x, states):
+        return None, {"h": jnp.tanh(x @ w + states["h"])}
+
+    def with_output(x, states):
+        h = jnp.tanh(x @ w + states[0])
+        return h, [h]
+
+    last, outputs, states = jaxrnn.rnn(step, inputs, {"h": jnp.zeros((3, 4))}, mask=GAPS)
+    assert (last, outputs) == (None, None)
+    expected, _, _ = jaxrnn.rnn(with_output, inputs, [jnp.zeros((3, 4))], mask=GAPS)
+    assert_same(states["h"], expected)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from bodies.table import BATCH, FEATURES, UNITS, body, elman, layer, state, two_states
@@ -159,6 +160,37 @@ def clipped_gradient_of_the_last_step(p):
     def f(_, x):
         z = clipped_product(x @ p["w"], p["u"])
         return jnp.tanh(z), z @ p["u"]
+
+    return f
+
+
+@body(consts=layer(), init=two_states, forward=False)
+def clipped_gradient_handed_on(p):
+    """States that no step reads, of which one is the very result of the rule."""
+
+    def f(_, x):
+        z = clipped_product(x @ p["w"], p["u"])
+        return (z, jnp.tanh(z)), jnp.sin(z) @ p["u"]
+
+    return f
+
+
+STEPS_OF_ROUNDING = np.linspace(8, 16, UNITS, dtype=np.float32)
+
+
+@jax.custom_vjp
+def rounded(z):
+    return jnp.round(z * STEPS_OF_ROUNDING) / STEPS_OF_ROUNDING
+
+
+rounded.defvjp(lambda z: (rounded(z), None), lambda _, g: (g * STEPS_OF_ROUNDING / 8,))
+
+
+@body(consts=layer(), init=state(), forward=False)
+def rule_that_closes_over_an_array(p):
+    def f(h, x):
+        h = jnp.tanh(rounded(x @ p["w"]) + rounded(h @ p["u"]))
+        return h, rounded(h)
 
     return f
 
