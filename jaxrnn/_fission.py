@@ -226,7 +226,7 @@ class _Cut:
         # A pass makes the last step, too: a backward rule would be called twice, for a part each.
         wanted = [self.new[i] for i in unread]
         program = self._program(wanted, lambda time, e: time % 2 == 0 and not has_backward_rule(e))
-        ends = {v for i, v in enumerate(self.new) if i not in unread}
+        ends = variables(v for i, v in enumerate(self.new) if i not in unread)
         self._want(v for v in program.invars if v not in ends)
         return program
 
