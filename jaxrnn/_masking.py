@@ -4,7 +4,8 @@ Everything here is selection with `jnp.where` along the batch axis, so a masked 
 trace in values or in derivatives. The one thing that selection alone cannot do is stop a NaN
 derivative: `where(m, f(x), 0)` multiplies the derivative of `f` by zero, and zero times infinity is
 NaN. Hence `substitutes`: a masked sample's input and states are replaced *before* the step sees
-them.
+them. A smooth step (`_smooth.py`) is fed the states as they are, unless they are no numbers: hence
+`without_lost`.
 """
 
 from typing import Any
