@@ -165,7 +165,7 @@ def run(
     axis = 0 if options.time_major else 1
     inputs = jax.tree.map(functools.partial(time_first, axis=axis), lying)
     step = _arguments.checked_step(step_function, states, constants)
-    flags = [flag for flag in (valid, reset) if flag is not None]
+    flags = [given for given in (valid, reset) if given is not None]
     states, (output_like, _, output_is_state, smooth) = _settled(step, inputs, states, flags)
 
     # What a masked step, or a call that wants the last output alone, has to remember beside the
