@@ -108,7 +108,7 @@ class _Rewriter:
 
     def __init__(self, program: Program, consts: int, carry: int, to_be_transposed: bool):
         self.program, self.to_be_transposed = program, to_be_transposed
-        carry_at = carry_times(program, consts, carry)
+        carry_at = carry_times(program, consts, carry, to_be_transposed)
         xs = len(program.invars) - consts - carry
         self.in_times = [-1] * consts + carry_at + [0] * xs
         self.times = dict(zip(program.invars, self.in_times, strict=True))

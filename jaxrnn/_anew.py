@@ -3,7 +3,7 @@
 `lax.rng_uniform` draws anew each time. And a backward rule (`jax.custom_vjp`) is called with the
 cotangent of each step by `lax.scan`, but with the sum of them where the function has run once. That
 is the same only for a rule that is linear, as that of a straight-through estimator is, and not for
-one that clips.
+one that clips. In a tangent the rule stands as `custom_lin`, of residuals and tangents.
 """
 
 from collections.abc import Iterable, Iterator
@@ -40,7 +40,7 @@ Array = jax.Array
 
 
 def has_backward_rule(equation: Equation) -> bool:
-    """Whether `equation` calls a `custom_vjp` function."""
+    """Whether `equation` calls a `custom_vjp` function, or is the tangent of one."""
     return any(map(_is_rule, _with_inner([equation])))
 
 
@@ -48,19 +48,19 @@ def is_anew(equation: Equation) -> bool:
     """Whether `equation` has to run at each step."""
     if _is_rule(equation) and not _has_linear_rule(equation):
         return True
-    # The tangent of a `custom_vjp` function, in a step that differentiates one, is its rule.
-    is_one = equation.primitive in (custom_lin_p, rng_uniform_p)
-    return is_one or any(map(is_anew, inner_equations(equation)))
+    return equation.primitive is rng_uniform_p or any(map(is_anew, inner_equations(equation)))
 
 
 def _has_linear_rule(equation: Equation, deep: int = 2) -> bool:
-    """Whether the backward rule of a `custom_vjp` function is linear, as far as can be told.
+    """Whether the backward rule in `equation` is linear, as far as can be told.
 
     Of rules that it calls itself, for second derivatives, those that lie so `deep` are asked, too;
     a function that is called by its own forward rule is met again and again.
     """
     outs, operands = equation.outvars, variables(equation.invars)
-    moving = [v for v in operands if _is_inexact(v)]
+    is_tangent = equation.primitive is custom_lin_p
+    start = equation.params["num_res"] if is_tangent else 0
+    moving = [v for v in variables(equation.invars[start:]) if _is_inexact(v)]
     # With symbolic zeros the rule may be another one where it is called.
     if equation.params["symbolic_zeros"] or not all(map(_is_inexact, outs)):
         return False
@@ -75,7 +75,9 @@ def _has_linear_rule(equation: Equation, deep: int = 2) -> bool:
                 equation, [a.val if isinstance(a, Literal) else known[a] for a in equation.invars]
             )
 
-        return list(jax.vjp(call, *(given[v] for v in moving))[1](cotangents))
+        at = [given[v] for v in moving]
+        transposed = jax.linear_transpose(call, *at) if is_tangent else jax.vjp(call, *at)[1]
+        return list(transposed(cotangents))
 
     types = [v.aval for v in (*outs, *operands)]
     try:
@@ -95,7 +97,7 @@ def _has_linear_rule(equation: Equation, deep: int = 2) -> bool:
 
 
 def _is_rule(equation: Equation) -> bool:
-    return equation.primitive is custom_vjp_call_p
+    return equation.primitive in (custom_vjp_call_p, custom_lin_p)
 
 
 def _with_inner(equations: Iterable[Equation]) -> Iterator[Equation]:

@@ -142,7 +142,7 @@ def fission(
     Returns:
         The plan; its loops and passes together do the work of the body, equation by equation.
     """
-    times = schedule(body, consts, carry)
+    times = schedule(body, consts, carry, kind == "tangent")
     return _Cut(body, consts, carry, times, kind, accumulated, in_place).plan()
 
 

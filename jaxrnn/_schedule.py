@@ -16,6 +16,7 @@ step, or a readout and the output that a masked step holds: the product then lea
 
 from collections.abc import Callable, Container, Iterable
 
+from jaxrnn._anew import is_anew
 from jaxrnn._jaxpr import (
     Atom,
     Equation,
@@ -32,8 +33,12 @@ from jaxrnn._jaxpr import (
 from jaxrnn._primitives import TRIGONOMETRIC
 
 
-def schedule(body: Program, consts: int, carry: int) -> dict[Var, int]:
-    """The time of every variable: the earliest at which it can be had."""
+def schedule(body: Program, consts: int, carry: int, is_tangent: bool = False) -> dict[Var, int]:
+    """The time of every variable: the earliest at which it can be had.
+
+    In a tangent what has to run at each step, see `_anew.py`, has a loop even if it is made of
+    consts alone. Other bodies with such work are left to `lax.scan`.
+    """
     carries = body.invars[consts : consts + carry]
     depends = _depends(body, carries)
     feeds = feeds_carries(body, carry)
@@ -57,6 +62,8 @@ def schedule(body: Program, consts: int, carry: int) -> dict[Var, int]:
             time = max((times[v] for v in variables(equation.invars)), default=-1)
             if time >= 0 and (leaves_loop if is_a_loop(time) else stays)[id(equation)]:
                 time += 1
+            if time == -1 and is_tangent and is_anew(equation):
+                time = 1
             times |= dict.fromkeys(equation.outvars, time)
         late = {
             old: times[new] + 1 - times[new] % 2
@@ -68,9 +75,9 @@ def schedule(body: Program, consts: int, carry: int) -> dict[Var, int]:
         times |= late
 
 
-def carry_times(body: Program, consts: int, carry: int) -> list[int]:
+def carry_times(body: Program, consts: int, carry: int, is_tangent: bool) -> list[int]:
     """The time of each carry: which loop runs it."""
-    times = schedule(body, consts, carry)
+    times = schedule(body, consts, carry, is_tangent)
     return [times[v] for v in body.invars[consts : consts + carry]]
 
 

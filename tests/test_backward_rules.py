@@ -120,6 +120,53 @@ def test_a_rule_with_two_cotangents_of_which_one_is_not_all_linear():
     assert_same(gradient(split, step), gradient(lax.scan, step), scale=20)
 
 
+def added_by(rule):
+    """A sum of which the second term's cotangent, over samples, becomes `rule` of that."""
+
+    @jax.custom_vjp
+    def add(x, b):
+        return x + b
+
+    add.defvjp(lambda x, b: (x + b, None), lambda _, g: (g, rule(g.sum(0))))
+    return add
+
+
+SUMS = {"clipped": lambda g: jnp.clip(g, -0.1, 0.1), "linear": lambda g: 2 * g}
+PLACES = {
+    "into_the_state": lambda add, h, x, b: (jnp.tanh(add(x @ W, b) + h @ U), h),
+    "of_inputs": lambda add, h, x, b: (jnp.tanh(add(x, b) @ W + h @ U), h),
+    "under_jit": lambda add, h, x, b: (jnp.tanh(jax.jit(add)(x @ W, b) + h @ U), h),
+    "under_a_checkpoint": lambda add, h, x, b: (
+        jnp.tanh(jax.checkpoint(add)(x @ W, b) + h @ U),
+        h,
+    ),
+    "after_the_loop": lambda add, h, x, b: (
+        jnp.tanh(x @ W + h @ U),
+        h * add(lax.stop_gradient(h @ W), b),
+    ),
+}
+
+
+@pytest.mark.parametrize("options", [{"chunk": 4}, {"remat": True}], ids=["blocks", "remat"])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", SUMS)
+def test_a_rule_of_inputs_is_called_at_each_step_where_weights_alone_have_a_gradient(
+    name, place, options
+):
+    step = functools.partial(PLACES[place], added_by(SUMS[name]))
+
+    def of_bias(scan):
+        def loss(b):
+            return jnp.sum(scan(lambda h, x: step(h, x, b), H, XS)[1])
+
+        return jax.jit(jax.grad(loss))(jnp.zeros(UNITS))
+
+    scan = functools.partial(jaxrnn.scan, method="sequential", **options)
+    expected = of_bias(lax.scan)
+    assert jnp.max(jnp.abs(expected)) > 0.1, "or it could be one call's"
+    assert_same(of_bias(scan), expected, scale=20)
+
+
 def test_a_mistake_in_a_rule_is_no_mistake_without_a_gradient():
     def of_another_shape(w, g):
         return g[1:]
