@@ -260,7 +260,7 @@ class _Step:
             self._held(atom, x) if len(shape(atom)) == 2 else x
             for atom, x in zip(loop.program.outvars, outs[:count], strict=False)
         ]
-        return [*new, *map(self._plain, outs[count:])]
+        return [*new, *map(self._plain, loop.program.outvars[count:], outs[count:])]
 
     def _results(self, equation: Equation, operands: list[Any]) -> list[Any]:
         primitive, params, form = equation.primitive, equation.params, self.form
@@ -291,12 +291,13 @@ class _Step:
 
         What runs reads the matrix as it lies: this product, or that of a tangent's transpose.
         """
+        rows = self._plain(equation.invars[0], rows)
         (_, (axis,)), _ = equation.params["dimension_numbers"]
         wanted = 0 if self.is_tangent else 1
         matrix = matrix if axis == wanted else read(self.across, equation.invars[1])
         numbers = (((1,), (wanted,)), ((), ()))
         options = product_options(equation, swapped=False)
-        return _Held(self.form.hold(lax.dot_general(self._plain(rows), matrix, numbers, **options)))
+        return _Held(self.form.hold(lax.dot_general(rows, matrix, numbers, **options)))
 
     def _broadcast(self, equation: Equation, operand: Any) -> _Held:
         """One number, or one for each sample or unit, for all of them."""
@@ -304,7 +305,8 @@ class _Step:
         if isinstance(operand, _Held) and shape(equation.invars[0])[1] == lengths[1]:
             return operand
         if not self.form.is_even:
-            return _Held(lax.broadcast_in_dim(self._plain(operand), lengths, places).T)
+            plain = self._plain(equation.invars[0], operand)
+            return _Held(lax.broadcast_in_dim(plain, lengths, places).T)
         if places:
             raise _MisfitError
         return _Held(jnp.broadcast_to(operand, (1, math.prod(lengths))))
@@ -332,8 +334,12 @@ class _Step:
         """Whether an array has a row of units for each of the samples."""
         return len(shape(atom)) == 2 and shape(atom)[0] == self.form.samples and shape(atom)[1] > 1
 
-    def _plain(self, value: Any) -> Array:
-        return self.form.release(value.array) if isinstance(value, _Held) else value
+    def _plain(self, atom: Atom, value: Any) -> Array:
+        if not isinstance(value, _Held):
+            return value
+        released = self.form.release(value.array)
+        is_lone = shape(atom)[0] == 1  # and held for each of the samples
+        return released[:1] if is_lone else released
 
 
 def _samples(loop: Loop, kind: Kind, is_even: bool, has_pass: bool) -> int | None:

@@ -69,6 +69,18 @@ def params_passed_as_carry(p):
     return f
 
 
+@body(consts=lambda d: layer()(d) | {"row": d(1, UNITS)}, init=lambda d: (d(BATCH, UNITS), d()))
+def a_row_of_no_sample(p):
+    """One output has a row for each sample, another a single one."""
+
+    def f(carry, x):
+        h, n = carry
+        h, n = elman(p, x, h), 0.9 * n
+        return (h, n), (h, n * p["row"])
+
+    return f
+
+
 @body(consts=layer(), init=state())
 def output_ignores_state(p):
     def f(h, x):
