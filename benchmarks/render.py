@@ -14,6 +14,7 @@ from benchmarks import gpu_tables, results, tables
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
 TABLES = "tables.md"
+PICTURES = "benchmarks/results"
 
 
 def main() -> None:
@@ -37,7 +38,7 @@ def main() -> None:
 def documents(root: Path = ROOT) -> dict[Path, str]:
     """Every document made from results, with the text that it should hold.
 
-    The README shows the first setting with a kind of device in full, others in short.
+    The README shows the first setting with a kind of device in full, and of each a row.
 
     Args:
         root: the folder of README.md and of benchmarks/results.
@@ -49,11 +50,9 @@ def documents(root: Path = ROOT) -> dict[Path, str]:
     settings = _settings(directory)
     if not settings:
         return {}
-    devices = [peers["machine"]["device"] for peers, _ in settings]
-    sections = [
-        _section(pair, in_full=device not in devices[:number])
-        for number, (pair, device) in enumerate(zip(settings, devices, strict=True))
-    ]
+    firsts = {peers["machine"]["device"]: (peers, steps) for peers, steps in reversed(settings)}
+    sections = [_section(*pair) for pair in reversed(firsts.values())]
+    sections.append(f"### Each machine and version of JAX\n\n{_overview(settings)}")
     full = [tables.in_full(*pair) for pair in settings]
     for gpu in results.load("gpu", directory):
         sections.append(_gpu_section(gpu))
@@ -72,29 +71,33 @@ def _settings(directory: Path) -> list[tuple[tables.Result, tables.Result | None
     return [(r, never_slower.get(results.setting(r))) for r in results.load("peers", directory)]
 
 
-def _section(pair: tuple[tables.Result, tables.Result | None], in_full: bool) -> str:
-    peers, never_slower = pair
-    setting = results.setting(peers)
-    embedded = "!" * in_full
-    parts = [
-        (tables.section if in_full else tables.in_short)(peers, never_slower),
-        f"{embedded}[Speed of all libraries on the grid](benchmarks/results/speed-{setting}.png)",
-    ]
-    if never_slower is not None:
-        parts.append(
-            f"[Each step](benchmarks/results/never_slower-{setting}.png) and "
-            f"[all figures](benchmarks/results/{TABLES})."
-        )
-    return "\n\n".join(parts)
+def _section(peers: tables.Result, never_slower: tables.Result | None) -> str:
+    picture = f"{PICTURES}/speed-{results.setting(peers)}.png"
+    return (
+        f"{tables.section(peers, never_slower)}\n\n![Speed of all libraries on the grid]({picture})"
+    )
+
+
+def _overview(settings: list[tuple[tables.Result, tables.Result | None]]) -> str:
+    return "\n\n".join(
+        [
+            "How many times as fast, forward+backward over all sizes: `jaxrnn.cells` against the "
+            "fastest JAX peer and against PyTorch, naive steps against `lax.scan`; how many times "
+            "as long these compile; and how many times as fast some forty other steps run. "
+            "Geometric mean (worst):",
+            tables.overview(settings, PICTURES),
+            f"[All figures]({PICTURES}/{TABLES}).",
+        ]
+    )
 
 
 def _gpu_section(gpu: tables.Result) -> str:
-    picture = f"benchmarks/results/gpu-{results.setting(gpu)}.png"
+    picture = f"{PICTURES}/gpu-{results.setting(gpu)}.png"
     return "\n\n".join(
         [
             gpu_tables.section(gpu),
             f"![Microseconds per step]({picture})",
-            f"[All figures](benchmarks/results/{TABLES}).",
+            f"[All figures]({PICTURES}/{TABLES}).",
         ]
     )
 

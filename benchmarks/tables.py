@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from statistics import geometric_mean
 from typing import Any
 
-from benchmarks.results import speedup
+from benchmarks.results import setting, speedup
 
 Result = dict[str, Any]
 Case = dict[str, Any]
@@ -49,12 +49,25 @@ def section(peers: Result, never_slower: Result | None) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def in_short(peers: Result, never_slower: Result | None) -> str:
-    """The README's words on one more setting of a kind that it has shown in full."""
-    parts = [f"### {title(peers)}", _summary(peers)]
-    if never_slower is not None:
-        parts.append(_never_slower_summary(never_slower))
-    return "\n\n".join(parts)
+def overview(settings: Iterable[tuple[Result, Result | None]], pictures: str) -> str:
+    """A row for each setting, linked to its pictures in a folder."""
+    columns = [*(name for name, _, _ in _MEANS), "many steps, forward", "forward+backward"]
+
+    def row(peers: Result, never_slower: Result | None) -> list[str]:
+        means = [
+            f"{geometric_mean(known):.2f} ({worst(known):.2f})" if known else ABSENT
+            for known, (_, _, worst) in zip(_ratios(peers), _MEANS, strict=True)
+        ]
+        for kind in KINDS:
+            ratios = [step[kind]["speedup"] for step in (never_slower or {"steps": []})["steps"]]
+            mean = f"{geometric_mean(ratios):.2f} ({min(ratios):.2f})" if ratios else ABSENT
+            means.append(linked(mean, "never_slower", peers) if ratios else ABSENT)
+        return [linked(title(peers), "speed", peers), *means]
+
+    def linked(words: str, picture: str, result: Result) -> str:
+        return f"[{words}]({pictures}/{picture}-{setting(result)}.png)"
+
+    return table(["geometric mean (worst)", *columns], (row(*pair) for pair in settings))
 
 
 def in_full(peers: Result, never_slower: Result | None) -> str:
@@ -160,49 +173,58 @@ def _naive_table(result: Result) -> str:
     return table(["B,T,D,H", *sizes], ([label, *cells] for label, cells in rows.items()))
 
 
+# What is averaged over the grid: its name in the overview, in a sentence, and which is the worst.
+_MEANS: tuple[tuple[str, str, Callable[[Iterable[float]], float]], ...] = (
+    ("cells / best JAX peer", "`jaxrnn.cells` against the fastest JAX peer: {} as fast ({})", min),
+    ("cells / PyTorch", "`jaxrnn.cells` against PyTorch: {} as fast ({})", min),
+    ("naive / `lax.scan`", "naive steps against plain `lax.scan`: {} as fast ({})", min),
+    (
+        "compile time",
+        "compile time of a naive step, against plain `lax.scan`: {} as long ({} at most)",
+        max,
+    ),
+)
+
+
 def _summary(result: Result) -> str:
     """Geometric means over the grid, for what has all its candidates."""
-    cases = speed_cases(result, "lstm", "gru")
-    own = ("jaxrnn", "cell")
-    lines = []
-    best_jax = [_best_ratio(case, JAX_PEERS, own) for case in cases]
-    lines += _mean_line("`jaxrnn.cells` against the fastest JAX peer", best_jax)
-    torch = [_best_ratio(case, (("torch", "layer"),), own) for case in cases]
-    lines += _mean_line("`jaxrnn.cells` against PyTorch", torch)
-    naive = [
-        times_faster(case, "gradient", ("lax.scan", variant), ("jaxrnn", variant))
+    lines = [
+        f"- {words.format(f'{geometric_mean(known):.2f} times', f'{worst(known):.2f}')}"
+        for known, (_, words, worst) in zip(_ratios(result), _MEANS, strict=True)
+        if known
+    ]
+    return "Forward+backward over all sizes, geometric mean (least):\n\n" + "\n".join(lines)
+
+
+def _ratios(result: Result) -> list[list[float]]:
+    """The ratios behind each of `_MEANS`, as far as known."""
+    own_cases, own = speed_cases(result, "lstm", "gru"), ("jaxrnn", "cell")
+    naive_cases = [
+        (case, variant)
         for case in speed_cases(result, *CELLS)
         for variant in NAIVE
         if candidate(case, ("jaxrnn", variant)) is not None
     ]
-    lines += _mean_line("naive steps against plain `lax.scan`", naive)
+    best_jax = [_best_ratio(case, JAX_PEERS, own) for case in own_cases]
+    torch = [_best_ratio(case, (("torch", "layer"),), own) for case in own_cases]
+    naive = [
+        times_faster(case, "gradient", ("lax.scan", variant), ("jaxrnn", variant))
+        for case, variant in naive_cases
+    ]
     compilation = [
         candidate(case, ("jaxrnn", variant))[kind]["compile_s"]
         / candidate(case, ("lax.scan", variant))[kind]["compile_s"]
-        for case in speed_cases(result, *CELLS)
-        for variant in NAIVE
-        if candidate(case, ("jaxrnn", variant)) is not None
+        for case, variant in naive_cases
         for kind in KINDS
     ]
-    if compilation:
-        lines.append(
-            f"- compile time of a naive step, against plain `lax.scan`: "
-            f"{geometric_mean(compilation):.2f} times as long ({max(compilation):.2f} at most)"
-        )
-    return "Forward+backward over all sizes, geometric mean (least):\n\n" + "\n".join(lines)
+    every = best_jax, torch, naive, compilation
+    return [[ratio for ratio in ratios if ratio is not None] for ratios in every]
 
 
 def _best_ratio(case: Case, peers: Iterable[Name], own: Name) -> float | None:
     ratios = [times_faster(case, "gradient", peer, own) for peer in peers]
     known = [ratio for ratio in ratios if ratio is not None]
     return min(known) if known else None
-
-
-def _mean_line(label: str, ratios: list[float | None]) -> list[str]:
-    known = [ratio for ratio in ratios if ratio is not None]
-    if not known:
-        return []
-    return [f"- {label}: {geometric_mean(known):.2f} times as fast ({min(known):.2f})"]
 
 
 def _remat_table(result: Result) -> str:

@@ -86,18 +86,28 @@ def checked_step(step_function: Step, states: PyTree, constants: PyTree) -> Step
             error.add_note(
                 "rnn calls step_function(input_t, states), in this order, and here with\n"
                 + _types(input_t=input_t, states=given)
+                + _other_batch(states, batch)
             )
             raise
         if not isinstance(result, tuple | list) or len(result) != 2:
             raise ValueError(
-                f"step_function returned {_describe(result)}; expected a pair "
+                f"step_function returned {describe(result)}; expected a pair "
                 f"(output_t, new_states)."
             )
         output, new_states = result
         new_states = _match_container(new_states, states, len(constants))
-        return _check_output(output, batch), _match_leaves(new_states, states)
+        return _check_output(output, batch), _match_leaves(new_states, states, batch)
 
     return step
+
+
+def _other_batch(states: PyTree, batch: Any) -> str:
+    """A hint at states that are for another number of samples than the inputs."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(states):
+        if leaf.ndim and leaf.shape[0] != batch:
+            name = f"initial_states{jax.tree_util.keystr(path)}"
+            return f"\n{name} has {leaf.shape[0]} on its first axis, inputs have {batch} samples."
+    return ""
 
 
 def _types(**values: PyTree) -> str:
@@ -105,7 +115,7 @@ def _types(**values: PyTree) -> str:
 
     def kind(leaf: Any) -> str:
         is_array = isinstance(leaf, jax.Array)
-        return f"{leaf.dtype}{list(leaf.shape)}" if is_array else _describe(leaf)
+        return f"{leaf.dtype}{list(leaf.shape)}" if is_array else describe(leaf)
 
     leaves = jax.tree_util.tree_leaves_with_path(values)
     return "\n".join(
@@ -113,7 +123,7 @@ def _types(**values: PyTree) -> str:
     )
 
 
-def is_sequence(states: PyTree) -> bool:
+def _is_sequence(states: PyTree) -> bool:
     """Whether `states` is a plain list or tuple of states (and no NamedTuple, say)."""
     return isinstance(states, list | tuple) and not hasattr(states, "_fields")
 
@@ -153,9 +163,9 @@ def _normalize_inputs(inputs: PyTree, time_major: bool) -> tuple[PyTree, Any, An
 def _normalize_constants(constants: PyTree) -> PyTree:
     if constants is None:
         return []
-    if not is_sequence(constants):
+    if not _is_sequence(constants):
         raise ValueError(
-            f"constants is {_describe(constants)}; expected a list or tuple of arrays or pytrees. "
+            f"constants is {describe(constants)}; expected a list or tuple of arrays or pytrees. "
             f"Wrap a single constant: constants=[c]."
         )
 
@@ -174,9 +184,9 @@ def _normalize_states(initial_states: PyTree, has_constants: bool) -> PyTree:
         )
     if jax.tree_util.all_leaves([initial_states]):
         initial_states = [initial_states]
-    if has_constants and not is_sequence(initial_states):
+    if has_constants and not _is_sequence(initial_states):
         raise ValueError(
-            f"initial_states is {_describe(initial_states)}, to which constants cannot be "
+            f"initial_states is {describe(initial_states)}, to which constants cannot be "
             f"appended; expected a list or tuple of states. Wrap it: initial_states=[state], or "
             f"let the step close over its constants."
         )
@@ -276,10 +286,10 @@ def _first_difference(got: PyTree, expected: PyTree, path: str) -> tuple[str, st
         for (key, mine), (_, other) in zip(ours, theirs, strict=True):
             if _structure(mine) != _structure(other):
                 return _first_difference(mine, other, path + key)
-    return path, _describe(got), _describe(expected)
+    return path, describe(got), describe(expected)
 
 
-def _match_leaves(new_states: PyTree, states: PyTree) -> PyTree:
+def _match_leaves(new_states: PyTree, states: PyTree, batch: Any) -> PyTree:
     """The new states with the shapes checked and the dtypes of `states`."""
 
     def match(path: Any, new: Any, old: Array) -> Array:
@@ -289,6 +299,7 @@ def _match_leaves(new_states: PyTree, states: PyTree) -> PyTree:
             raise ValueError(
                 f"step_function returned new_states{name} with shape {new.shape}; expected "
                 f"{old.shape}, the shape of initial_states{name}: a state never changes its shape."
+                + _other_batch(states, batch)
             )
         if new.dtype == old.dtype:
             return new
@@ -335,10 +346,10 @@ def _as_array_or_weak(name: str, value: Any) -> Array:
     try:
         return jnp.asarray(value)
     except TypeError as error:
-        raise TypeError(f"{name} is {_describe(value)}; expected an array.") from error
+        raise TypeError(f"{name} is {describe(value)}; expected an array.") from error
     except (OverflowError, ValueError) as error:
         raise ValueError(
-            f"{name} is {_describe(value)}; expected an array, and none can be made of it: "
+            f"{name} is {describe(value)}; expected an array, and none can be made of it: "
             f"{str(error).rstrip('.')}."
         ) from error
 
@@ -347,7 +358,7 @@ def _structure(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> An
     return jax.tree.structure(tree, is_leaf)
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
     """`value` in a few words: what a user needs to recognise it."""
     if isinstance(value, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
         kind = "a type" if isinstance(value, jax.ShapeDtypeStruct) else "an array"

@@ -31,6 +31,11 @@ class PureStep:
         """What the function makes of the arrays and of `args`."""
         return self.function(*self.arrays, *args)
 
+    def __repr__(self) -> str:
+        """Its name and the shapes of its arrays."""
+        shapes = ", ".join(str(jnp.shape(array)) for array in self.arrays)
+        return f"<{self.__name__} with arrays of {shapes}>"
+
     def tree_flatten(self) -> tuple[Arrays, Callable[..., Any]]:
         """The arrays, and the function."""
         return self.arrays, self.function

@@ -30,7 +30,7 @@ from jaxrnn._random import bind_spelled_out
 from jaxrnn._schedule import coming_into, equations_for
 
 # What puts numbers elsewhere and changes none.
-ARRANGING = frozenset({broadcast_in_dim_p, concatenate_p, pad_p, slice_p})
+_ARRANGING = frozenset({broadcast_in_dim_p, concatenate_p, pad_p, slice_p})
 
 Array = jax.Array
 Step = Callable[[Sequence[Array], Sequence[Any]], tuple[list[Array], list[Array]]]
@@ -73,7 +73,7 @@ def _shift(program: Program, consts: int, carry: int) -> Program:
     shifted: list[Var] = []
     for equation in program.equations if is_lone_cpu() else ():
         operands = variables(equation.invars)
-        if equation.primitive in ARRANGING and known.issuperset(operands):
+        if equation.primitive in _ARRANGING and known.issuperset(operands):
             (made,) = equation.outvars
             known.add(made)
             if moving.intersection(operands):

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxrnn import _jaxpr, _rnn
+from jaxrnn import _placement as placement
 from jaxrnn._arguments import Operands, Step
 from jaxrnn._block import Axes, run_plain
+from jaxrnn._block_length import block_length, results_block, steps_of
 from jaxrnn._checkpoints import not_to_be_kept
-from jaxrnn._choice import block_length, results_block, steps_of
 from jaxrnn._gains import only_for_gradients
 from jaxrnn._jaxpr import Equation, Program, Traced
 from jaxrnn._options import ScanOptions, as_int, engine_options, time_of
@@ -175,12 +176,15 @@ def _report(body: Body, init: PyTree, xs: PyTree, options: ScanOptions) -> list[
         lines.append("for gradients; results alone come from plain lax.scan, just as soon")
     elif results and (again or results != block):
         lines.append(f"for gradients; results in blocks of {results}")
+    where = _WHERE[split.how]
+    if split.how == "fused" and placement.gpu() is None:
+        where = "step by step (on an NVIDIA GPU as one kernel)"
     lines += _section("once, from parameters alone", split.plan.invariant)
     for i, stage in enumerate(split.plan.stages):
         when = "prologue" if i == 0 else "epilogue" if stage.loop is None else "between loops"
         lines += _section(f"per block of time: {when}", stage.program)
         if stage.loop is not None:
-            lines += _section(f"{_WHERE[split.how]}: recurrence", stage.loop.program)
+            lines += _section(f"{where}: recurrence", stage.loop.program)
     return [*lines, "", *_figures(found[0], split, xs, way)]
 
 

@@ -34,9 +34,9 @@ from jaxrnn._primitives import (
 # Terms of a sum that takes a CPU longer than to write and read its result.
 _LONG_SUM = 64
 # Terms of the numbers that a product makes from which on several cores gain more than the cache.
-MANY_TERMS = 128
+_MANY_TERMS = 128
 # Numbers of a matrix; a CPU's product with a larger one XLA shares out among cores, in a loop, too.
-ON_ONE_CORE = 1 << 16
+_ON_ONE_CORE = 1 << 16
 
 
 def only_for_gradients(plan: Plan, time: int, chunk: Any, remat: bool, method: str) -> bool:
@@ -123,9 +123,9 @@ def _product_gains(equation: Equation, plan: Plan) -> bool:
     if 1 < count < _LONG_SUM or (count == 1 and work == weights):
         return False
     held = sum(any(map(multiply_adds, loop.program.equations)) for loop in plan.loops)
-    beside = 1 << 13 if count >= MANY_TERMS or work > 1 << 21 else 1 << 15
+    beside = 1 << 13 if count >= _MANY_TERMS or work > 1 << 21 else 1 << 15
     rows, small = {0: (128, 1 << 13), 1: (32, beside)}.get(held, (2, math.inf))
-    large = math.inf if held != 1 or _makes_gates(plan) else ON_ONE_CORE
+    large = math.inf if held != 1 or _makes_gates(plan) else _ON_ONE_CORE
     return not work or work < rows * weights or small < weights <= large
 
 
@@ -145,7 +145,7 @@ def wants_the_cache(plan: Plan) -> bool:
     if not placement.has_wide_vectors():
         return False
     products = filter(multiply_adds, plan.in_loops)
-    return any(ON_ONE_CORE < _weights(e, plan) < multiply_adds(e) for e in products)
+    return any(_ON_ONE_CORE < _weights(e, plan) < multiply_adds(e) for e in products)
 
 
 def _weights(equation: Equation, plan: Plan) -> int:
@@ -215,4 +215,4 @@ def terms(product: Equation) -> int:
 
 def take_all_cores(passes: Iterable[Equation]) -> bool:
     """Whether there is a product among those in passes that all cores of a CPU have work with."""
-    return max(map(terms, filter(multiply_adds, passes)), default=0) >= MANY_TERMS
+    return max(map(terms, filter(multiply_adds, passes)), default=0) >= _MANY_TERMS

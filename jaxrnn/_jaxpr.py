@@ -1,8 +1,8 @@
 """The one door to jaxprs: functions traced to programs, programs cut and run.
 
 A `Program` is what the rest of the engine works on: variables in, equations, atoms out, and no
-captured constants. The jaxpr classes differ between JAX versions (from 0.12 on a `ClosedJaxpr`
-*is* a `Jaxpr`); nothing outside this file may depend on how.
+captured constants. How jaxpr classes differ between JAX versions (from 0.12 on a `ClosedJaxpr`
+*is* a `Jaxpr`) is this file's affair alone.
 """
 
 import contextlib

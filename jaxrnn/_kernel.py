@@ -51,13 +51,13 @@ Array = jax.Array
 SAMPLES = 16
 
 # The least height and width of a matrix that they multiply with.
-SMALLEST = 16
+_SMALLEST = 16
 
 # Of what a multiprocessor holds, 227 KiB on an H100, some is for what is in flight.
 _HOLDS, _IN_FLIGHT = 227 << 10, 35 << 10
 
 # Wider was not measured.
-MAX_WIDTH = 256
+_MAX_WIDTH = 256
 
 _KNOWN = IN_KERNELS | {
     broadcast_in_dim_p,
@@ -314,9 +314,9 @@ def _check_sizes(program: Program, consts: Sequence[Var], batched: frozenset[Var
         if equation.primitive is dot_general_p:
             matrix = _matrix(equation, consts)
             weights[matrix] = size_in_bytes(matrix)
-        elif max(shape(equation.outvars[0])[1:], default=0) > MAX_WIDTH:
+        elif max(shape(equation.outvars[0])[1:], default=0) > _MAX_WIDTH:
             raise MisfitError(
-                f"a state of {shape(equation.outvars[0])[-1]} units; {MAX_WIDTH} at most"
+                f"a state of {shape(equation.outvars[0])[-1]} units; {_MAX_WIDTH} at most"
             )
     taken, most = sum(weights.values()), _max_weights()
     if taken > most:
@@ -336,10 +336,10 @@ def _matrix(equation: Equation, consts: Sequence[Var]) -> Var:
     precision = equation.params["precision"]
     if not (precision is None or isinstance(precision, tuple)):
         raise MisfitError(f"a product by the algorithm {precision}")
-    if not isinstance(matrix, Var) or matrix not in consts or min(shape(matrix)) < SMALLEST:
+    if not isinstance(matrix, Var) or matrix not in consts or min(shape(matrix)) < _SMALLEST:
         raise MisfitError(
             f"a product with a matrix {list(shape(matrix))}, which must be the same at all steps, "
-            f"and at least {SMALLEST} wide and high"
+            f"and at least {_SMALLEST} wide and high"
         )
     return matrix
 

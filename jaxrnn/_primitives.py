@@ -39,6 +39,7 @@ rng_uniform_p = p.rng_uniform_p
 scan_p = p.scan_p
 select_n_p = p.select_n_p
 slice_p = p.slice_p
+sort_p = p.sort_p
 squeeze_p = p.squeeze_p
 stop_gradient_p = p.stop_gradient_p
 sub_p = p.sub_p

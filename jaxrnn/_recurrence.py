@@ -26,7 +26,7 @@ from jaxrnn._block import (
     run_invariant,
     run_plain,
 )
-from jaxrnn._choice import results_block
+from jaxrnn._block_length import results_block
 from jaxrnn._fission import Kind, Loop, Plan, fission
 from jaxrnn._jaxpr import (
     Equation,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxrnn import _arguments, _masking
 from jaxrnn._arguments import Operands, Step
 from jaxrnn._eager import is_jit_disabled, run_compiled
+from jaxrnn._jaxpr import program_of
 from jaxrnn._options import Options, ScanOptions, engine_options, flag, normalize_unroll
 from jaxrnn._passes import time_first
 from jaxrnn._placement import placed_as, varying_as, zeros_of
@@ -65,24 +66,26 @@ def rnn(
             output, else zeros. Masked inputs may hold anything, NaN included, without a trace in
             results or gradients.
         constants: list or tuple of arrays or pytrees handed to every step after the states; numbers
-            come as arrays, and what is no number as it is.
-        unroll: True to unroll the loop, or an integer n for n steps per iteration. Never changes a
-            result.
+            come as arrays, anything else as it is.
+        unroll: True to unroll the loop, or an integer n for n steps per iteration. Changes results
+            by rounding at most.
         input_length: integer, or integers `[B]`: steps at `t >= input_length` (as stored, before
-            any reversal) are masked. With a `mask`, a step counts if both let it.
+            any reversal) are masked: all of them from 0 down, none from T up. With a `mask`, a step
+            counts if both let it.
         time_major: whether `inputs`, `mask`, `reset` and `outputs` are `[T, B, ...]`.
         zero_output_for_mask: whether masked rows of `outputs` are zeros instead.
         return_all_outputs: if False, `outputs` is only the last one, with a time axis of 1, and no
             buffer of T outputs is allocated.
         reset: like `mask`; where true, the sample's states are set to `initial_states` before the
             step runs. A masked step resets nothing.
-        chunk: timesteps per block, see `jaxrnn.scan`. Never changes a result.
+        chunk: timesteps per block, see `jaxrnn.scan`. Changes results by rounding at most.
         remat: whether the backward pass recomputes each block instead of storing its steps.
         method: how to run the loop, see `jaxrnn.scan`.
 
     Returns:
         A tuple `(last_output, outputs, new_states)`. `last_output`, `[B, ...]`, is each sample's
-        latest valid output, even when `zero_output_for_mask`. `outputs` is `[B, T, ...]`.
+        latest valid output, even when `zero_output_for_mask`; of a sample without a valid step it
+        is what `outputs` has for it. `outputs` is `[B, T, ...]`.
         `new_states` has the container of `initial_states`, a list for a bare array.
 
     Raises:
@@ -134,8 +137,8 @@ def prepare(
     """The arguments of `rnn`, checked and in normal form."""
     if not callable(step_function):
         raise TypeError(
-            f"step_function is {step_function!r}; expected a function "
-            f"(input_t, states) -> (output_t, new_states)."
+            f"step_function is {_arguments.describe(step_function)}; expected a function "
+            f"(input_t, states) -> (output_t, new_states), as cell.step(params) of a cell."
         )
     engine = engine_options(chunk, remat, method)
     time_major = flag("time_major", time_major)
@@ -331,7 +334,7 @@ def _trace_step(step: Step, inputs: PyTree, states: PyTree) -> _Known:
         output, new_states = jax.eval_shape(lambda: results)
         return _Known(_Like(output, tree), new_states, is_state, smooth=False)
     jaxpr, (output, new_states) = jax.make_jaxpr(trace, return_shape=True)(inputs, states)
-    smooth = is_smooth(jaxpr.jaxpr, len(new_states))
+    smooth = is_smooth(program_of(jaxpr.jaxpr), len(new_states))
     return _Known(_Like(output, tree), new_states, is_state, smooth)
 
 

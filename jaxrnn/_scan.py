@@ -12,16 +12,9 @@ from jaxrnn._affine import is_parallel
 from jaxrnn._algebra import simplify
 from jaxrnn._anew import is_anew
 from jaxrnn._block import Axes, Steps, over_blocks, run_plain
+from jaxrnn._block_length import block_length, recomputed_block, steps_of
 from jaxrnn._checkpoints import through_checkpoints
-from jaxrnn._choice import (
-    block_length,
-    fits_kernel,
-    is_soon_made_again,
-    is_worthwhile,
-    kernels_pay,
-    recomputed_block,
-    steps_of,
-)
+from jaxrnn._choice import fits_kernel, is_soon_made_again, kernels_pay, why_not_worthwhile
 from jaxrnn._eager import is_jit_disabled, run_compiled
 from jaxrnn._fission import How, Plan, fission
 from jaxrnn._gains import only_for_gradients
@@ -78,9 +71,9 @@ def scan(
         chunk: timesteps per block; "auto" picks, None makes one block of the whole.
         remat: whether only the carries between blocks are kept for the backward pass and the rest
             is computed again; blocks are of about sqrt(T) steps then, unless `chunk` says else.
-            On a CPU with `chunk="auto"` carries of 32 MiB and more over all steps that products
-            read, a matrix for each sample, say, may be kept so without being asked. A body with
-            effects is never run again.
+            On a CPU with `chunk="auto"` large memories in the carry, as a matrix for each sample or
+            a cache that products read, may be kept so without being asked, if they take 32 MiB and
+            more over all steps. A body with effects is never run again.
         method: "auto"; "fused", on an NVIDIA GPU each recurrence as one kernel (a loop elsewhere);
             "parallel", all steps of a block at once, for states that are scaled and added to alone;
             "sequential", the split body in order; "lax", plain `jax.lax.scan`.
@@ -339,8 +332,8 @@ def split_body(
     how: How = "fused" if fits_kernel(plan, method) else "sequential"
     how = "parallel" if is_parallel(plan, method) else how
     if method == "auto" and how == "sequential":
-        if not is_worthwhile(plan, time, chunk):
-            return "steps like this one are no faster taken apart"
+        if why := why_not_worthwhile(plan, time, chunk):
+            return f"no faster taken apart, as {why}"
         if not is_soon_made_again(plan, time, chunk):
             return "what is under a checkpoint would take too long to make again"
     return Split(plan, consts, carry, traced, how)

@@ -6,31 +6,31 @@ faster than the states do: a state that fits its dtype may have a square that do
 """
 
 from collections.abc import Sequence
-from typing import Any
 
-from jaxrnn._jaxpr import Atom, Var
+from jaxrnn._jaxpr import Atom, Program, Var, program_of
 from jaxrnn._primitives import BOUNDED, INLINED, PRODUCTS, SMOOTH, mul_p, split_p
 
 _MULTIPLYING = PRODUCTS | {mul_p}
 
 
-def is_smooth(jaxpr: Any, states: int) -> bool:
+def is_smooth(step: Program, states: int) -> bool:
     """Whether that holds for a step whose last inputs are its states, so many arrays."""
-    inputs = len(jaxpr.invars) - states
-    return _degrees(jaxpr, [0] * inputs + [1] * states) is not None
+    inputs = len(step.invars) - states
+    return _degrees(step, [0] * inputs + [1] * states) is not None
 
 
-def _degrees(jaxpr: Any, of_inputs: Sequence[int]) -> list[int] | None:
+def _degrees(program: Program, of_inputs: Sequence[int]) -> list[int] | None:
     """With what power of the states, at most, each output grows; None if a step is not smooth."""
-    known: dict[Var, int] = dict(zip(jaxpr.invars, of_inputs, strict=True))
+    known: dict[Var, int] = dict(zip(program.invars, of_inputs, strict=True))
 
     def degree(atom: Atom) -> int:
         return known.get(atom, 0) if isinstance(atom, Var) else 0
 
-    for equation in jaxpr.eqns:
+    for equation in program.equations:
         primitive, operands = equation.primitive, [*map(degree, equation.invars)]
         if primitive in INLINED:
-            inner = _degrees(equation.params[INLINED[primitive]].jaxpr, operands)
+            function = program_of(equation.params[INLINED[primitive]].jaxpr)
+            inner = _degrees(function, operands)
             if inner is None:
                 return None
             known |= zip(equation.outvars, inner, strict=True)
@@ -41,4 +41,4 @@ def _degrees(jaxpr: Any, of_inputs: Sequence[int]) -> list[int] | None:
         if grows > 1:
             return None
         known |= dict.fromkeys(equation.outvars, 0 if primitive in BOUNDED else grows)
-    return [degree(atom) for atom in jaxpr.outvars]
+    return [degree(atom) for atom in program.outvars]

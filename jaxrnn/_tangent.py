@@ -17,7 +17,7 @@ from jaxrnn._block import (
     run_block,
     run_invariant,
 )
-from jaxrnn._choice import reads_in_place, tangent_block, tangent_unroll
+from jaxrnn._block_length import reads_in_place, tangent_block, tangent_unroll
 from jaxrnn._columns import MisfitError
 from jaxrnn._fission import Loop, Plan, fission
 from jaxrnn._fused import run_fused

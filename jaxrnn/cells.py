@@ -42,8 +42,8 @@ class Cell(NamedTuple):
         init: `(key, features) -> params`, the parameters for inputs of that many features.
         step: `(params) -> step_function`, where `step_function(input_t, states)` takes an input
             `[B, D]` and a list of states `[B, H]`, the first of which is the previous output, and
-            returns `(output, new_states)`: what `jaxrnn.rnn` expects. It is a pytree of arrays,
-            and outside `jit` one with other parameters compiles nothing.
+            returns `(output, new_states)`: what `jaxrnn.rnn` expects. The step function is a
+            pytree of arrays: outside `jit`, a call with new parameters compiles nothing anew.
         initial_states: `(batch) -> states`, a list of zeros `[B, H]`, one for each state.
     """
 
@@ -74,8 +74,10 @@ def simple_rnn(
 
     Raises:
         ValueError: if `units` is no positive integer.
-        TypeError: if a dtype is not floating.
+        TypeError: if a dtype is not floating, or `activation` no function.
     """
+    if not callable(activation):
+        raise TypeError(f"activation must be a function, as jnp.tanh, got {activation!r}")
     form = _form(
         "simple_rnn",
         units,
@@ -210,6 +212,7 @@ def lstm(
     units = form.units
 
     def init(key: Array, features: int) -> Params:
+        """Keras's defaults, as of the other cells, and `unit_forget_bias`."""
         params = form.init(key, features)
         if use_bias and unit_forget_bias:
             params["bias"] = params["bias"].at[units : 2 * units].set(1)
@@ -386,11 +389,12 @@ def _form(
     return _Form(name, units, columns, bias_shape, state_count, param_dtype, dtype)
 
 
-def _positive(name: str, value: int) -> int:
+def _positive(name: str, value: int | Array) -> int:
     try:
         number = index(value)
     except TypeError:
         number = 0
     if number < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        got = f"an array {jax.typeof(value)}" if isinstance(value, Array) else repr(value)
+        raise ValueError(f"{name} must be a positive integer, got {got}")
     return number

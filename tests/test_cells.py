@@ -180,6 +180,11 @@ def test_sigmoid_by_tanh_is_exact():
     np.testing.assert_allclose(c, jax.nn.sigmoid(z), rtol=0, atol=2e-7)
 
 
+def test_an_activation_is_a_function_and_no_name_of_one():
+    with pytest.raises(TypeError, match=r"activation must be a function, .* got 'tanh'"):
+        cells.simple_rnn(H, "tanh")
+
+
 def test_simple_rnn_takes_another_activation():
     params, (x, states) = random_params("simple_rnn"), random_inputs("simple_rnn")
     output, _ = cells.simple_rnn(H, jax.nn.relu).step(params)(x[:, 0], states)
@@ -388,6 +393,8 @@ def test_user_mistakes_are_named(name):
             make(units)
     with pytest.raises(ValueError, match="features must be a positive integer, got 0"):
         cell.init(jax.random.key(0), 0)
+    with pytest.raises(ValueError, match=r"features must be .*, got an array key<fry>\[\]"):
+        cell.init(D, jax.random.key(0))
     with pytest.raises(TypeError, match="param_dtype must be a floating dtype, got int32"):
         make(H, param_dtype=jnp.int32)
     with pytest.raises(TypeError, match=r"^dtype must be a floating dtype, got bool"):

@@ -58,6 +58,41 @@ def test_small_bodies_are_left_alone_unless_asked_for(units):
     assert is_plain(method="lax")
 
 
+def sorting(numbers):
+    """A step whose state is sorted, so many numbers of it."""
+    w, cut = ones((64, 64)), numbers // 16
+
+    def body(h, x):
+        h = jnp.tanh(x @ w + h @ w)
+        return h, jnp.sort(h[:, :cut])
+
+    return body, ones((16, 64)), ones((TIME, 16, 64))
+
+
+def decomposing(rows):
+    w = ones((rows, rows))
+
+    def body(h, x):
+        h = jnp.linalg.cholesky(jnp.tanh(x @ w) + h @ h.T + 9 * jnp.eye(rows))
+        return h, h @ w
+
+    return body, ones((rows, rows)), ones((TIME, rows, rows))
+
+
+@pytest.mark.parametrize(
+    ("step", "least", "most", "why"),
+    [(sorting, 16, 64, "sort once more"), (decomposing, 8, 16, "decompose matrices once more")],
+    ids=["sorting", "decomposing"],
+)
+def test_what_a_gradient_would_have_to_do_again_is_left_alone(step, least, most, why):
+    assert jaxrnn.explain_scan(*step(least)).startswith('method "sequential"')
+    report = jaxrnn.explain_scan(*step(most)).replace("\n", " ")
+    assert (
+        report
+        == f"plain lax.scan over {TIME} steps: no faster taken apart, as the gradient would {why}"
+    )
+
+
 def test_results_of_many_rows_come_from_the_plain_loop_and_gradients_do_not():
     """32 rows make a product with a small matrix as fast inside a loop as outside of it."""
     rng = np.random.default_rng(0)

@@ -16,6 +16,7 @@ H = np.ones((3, 4), np.float32)
 N = np.zeros((3,), np.int32)
 NESTED = [H, {"c": H, "n": N}]
 MASK = np.ones((3, 7), bool)
+CELL = jaxrnn.cells.gru(4)
 
 
 def keeps(x, states):
@@ -50,6 +51,7 @@ def assert_refused(error, words, *arguments, **flags):
 # Words that must be found in the message: the place, what came, what was expected, the remedy.
 ARGUMENTS = {
     "step_not_callable": (TypeError, ["step_function", "3"], (3, X, [H]), {}),
+    "a_cell_for_a_step": (TypeError, ["a Cell", "cell.step(params)"], (CELL, X, [H]), {}),
     "inputs_of_two_axes": (
         ValueError,
         ["inputs", "(3, 7)", "3 axes", "x[..., None]", "One sample alone", "expand_dims(x, 0)"],
@@ -335,7 +337,7 @@ def test_a_wrong_step_under_jit_and_grad_reads_the_same():
 
 
 def test_a_traced_option_is_told_how_to_be_static():
-    for name in ("unroll", "go_backwards"):
+    for name in ("unroll", "go_backwards", "remat"):
         with pytest.raises(ValueError, match=rf"{name} is a traced value.*static_argnames"):
             jax.jit(lambda value, name=name: jaxrnn.rnn(keeps, X, [H], **{name: value}))(2)
 
@@ -381,6 +383,15 @@ def test_an_error_of_the_step_itself_comes_through_as_it_is_and_says_what_the_st
     assert "step_function(input_t, states), in this order" in note
     assert "input_t['a']: float32[3, 2]" in note
     assert "states[0]: float32[3, 4]" in note
+
+
+@pytest.mark.parametrize("states", [H[:2], H[:1]], ids=["unlike", "one"])
+def test_states_for_another_number_of_samples_are_named(states):
+    """Whether the step fails on them or broadcasts them."""
+    with pytest.raises((TypeError, ValueError)) as caught:
+        jaxrnn.rnn(lambda x, s: (x, [s[0] + x[:, :1]]), X, [states])
+    words = "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+    assert f"initial_states[0] has {len(states)} on its first axis, inputs have 3 samples" in words
 
 
 def test_nothing_runs_before_an_error_is_raised():

@@ -95,6 +95,11 @@ def test_products_in_branches_and_loops_count_in_the_loop_and_with_lax_scan():
     assert f"{inside + outside:,} in the loop" in report
 
 
+def test_without_a_gpu_a_kernel_is_said_to_be_a_loop():
+    report = explain(method="fused")
+    assert section(report, "step by step (on an NVIDIA GPU as one kernel): recurrence")
+
+
 def test_standing_aside_is_said():
     def count(x, states):
         return states[0], [states[0] + 1]
@@ -107,7 +112,10 @@ def test_standing_aside_is_said():
         "asked for": explain(method="lax"),
         "no product and draws no bits": jaxrnn.explain(count, INPUTS, STATES[:1]),
         "the step has effects": jaxrnn.explain(printing, INPUTS, STATES),
-        "no faster taken apart": jaxrnn.explain(lstm_with_readout, INPUTS[:, :1], STATES),
+        "taken apart, as one step": jaxrnn.explain(lstm_with_readout, INPUTS[:, :1], STATES),
+        "one sample and few steps": jaxrnn.explain(
+            lstm_with_readout, INPUTS[:1, :5], [state[:1] for state in STATES]
+        ),
     }
     for reason, report in reasons.items():
         assert report.startswith("plain lax.scan over ")

@@ -40,6 +40,12 @@ def test_there_are_blocks_to_run():
     assert with_code >= {"README.md", "coming-from-keras.md", "masks-lengths-resets.md"}
 
 
+def test_the_one_test_that_contributing_runs_is_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    ((path, word),) = re.findall(r"pytest (tests/\w+\.py) -k (\w+)", text)
+    assert re.search(rf"^def test_\w*{word}", (ROOT / path).read_text(), re.M)
+
+
 @each_document
 def test_links_lead_to_files_and_headings(path):
     for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
