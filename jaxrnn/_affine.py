@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxrnn._equations import is_movable
 from jaxrnn._fission import Loop, Plan
 from jaxrnn._jaxpr import (
     Atom,
@@ -32,7 +33,6 @@ from jaxrnn._jaxpr import (
     bind,
     dependents_in_time,
     dtype,
-    is_movable,
     read,
     shape,
     variables,

@@ -26,6 +26,7 @@ from jax import lax
 
 from jaxrnn import _lazy
 from jaxrnn import _placement as placement
+from jaxrnn._equations import is_elementwise
 from jaxrnn._jaxpr import (
     Atom,
     Equation,
@@ -37,7 +38,6 @@ from jaxrnn._jaxpr import (
     bind,
     dtype,
     inline,
-    is_elementwise,
     shape,
     size,
     size_in_bytes,

@@ -6,24 +6,23 @@ is the same only for a rule that is linear, as that of a straight-through estima
 one that clips. In a tangent the rule stands as `custom_lin`, of residuals and tangents.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 
+from jaxrnn._equations import is_linear, with_inner
 from jaxrnn._jaxpr import (
     Atom,
     Equation,
     Literal,
     Program,
     Var,
+    as_function_of,
     bind,
     dtype,
     inline,
-    inner_equations,
-    is_linear,
     trace,
-    variables,
 )
 from jaxrnn._primitives import (
     PRODUCTS,
@@ -41,14 +40,15 @@ Array = jax.Array
 
 def has_backward_rule(equation: Equation) -> bool:
     """Whether `equation` calls a `custom_vjp` function, or is the tangent of one."""
-    return any(map(_is_rule, _with_inner([equation])))
+    return any(map(_is_rule, with_inner([equation])))
 
 
 def is_anew(equation: Equation) -> bool:
     """Whether `equation` has to run at each step."""
-    if _is_rule(equation) and not _has_linear_rule(equation):
-        return True
-    return equation.primitive is rng_uniform_p or any(map(is_anew, inner_equations(equation)))
+    return any(
+        e.primitive is rng_uniform_p or (_is_rule(e) and not _has_linear_rule(e))
+        for e in with_inner([equation])
+    )
 
 
 def _has_linear_rule(equation: Equation, deep: int = 2) -> bool:
@@ -57,25 +57,18 @@ def _has_linear_rule(equation: Equation, deep: int = 2) -> bool:
     Of rules that it calls itself, for second derivatives, those that lie so `deep` are asked, too;
     a function that is called by its own forward rule is met again and again.
     """
-    outs, operands = equation.outvars, variables(equation.invars)
+    outs, operands = equation.outvars, equation.invars
     is_tangent = equation.primitive is custom_lin_p
     start = equation.params["num_res"] if is_tangent else 0
-    moving = [v for v in variables(equation.invars[start:]) if _is_inexact(v)]
+    moving = [i for i, a in enumerate(operands) if i >= start and _is_inexact(a)]
     # With symbolic zeros the rule may be another one where it is called.
     if equation.params["symbolic_zeros"] or not all(map(_is_inexact, outs)):
         return False
 
     def pulled_back(*args: Array) -> list[Array]:
         cotangents, values = list(args[: len(outs)]), args[len(outs) :]
-        given = dict(zip(operands, values, strict=True))
-
-        def call(*moved: Array) -> list[Array]:
-            known = given | dict(zip(moving, moved, strict=True))
-            return bind(
-                equation, [a.val if isinstance(a, Literal) else known[a] for a in equation.invars]
-            )
-
-        at = [given[v] for v in moving]
+        call = as_function_of(moving, lambda *values: bind(equation, values), values)
+        at = [values[i] for i in moving]
         transposed = jax.linear_transpose(call, *at) if is_tangent else jax.vjp(call, *at)[1]
         return list(transposed(cotangents))
 
@@ -85,9 +78,8 @@ def _has_linear_rule(equation: Equation, deep: int = 2) -> bool:
         inlined = trace(lambda *args: inline(rule.program, *rule.consts, *args), *types)
     except Exception:  # whatever a rule raises that is wrong, or not to be had here
         return False
-    start = len(inlined.consts)
-    sources = inlined.program.invars[start : start + len(outs)]
-    inside = list(_with_inner(inlined.program.equations))
+    sources = inlined.program.invars[len(inlined.consts) :][: len(outs)]
+    inside = list(with_inner(inlined.program.equations))
     return (
         not rule.has_effects
         and all(e.primitive is not rng_uniform_p for e in inside)
@@ -98,12 +90,6 @@ def _has_linear_rule(equation: Equation, deep: int = 2) -> bool:
 
 def _is_rule(equation: Equation) -> bool:
     return equation.primitive in (custom_vjp_call_p, custom_lin_p)
-
-
-def _with_inner(equations: Iterable[Equation]) -> Iterator[Equation]:
-    for equation in equations:
-        yield equation
-        yield from _with_inner(inner_equations(equation))
 
 
 def _is_linear_in(program: Program, sources: Iterable[Var]) -> bool:

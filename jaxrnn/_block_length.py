@@ -7,20 +7,10 @@ import jax
 
 from jaxrnn import _placement as placement
 from jaxrnn._block import Steps
+from jaxrnn._equations import hides_product, is_free, is_transcendental, multiply_adds
 from jaxrnn._fission import How, Plan, shrinks
 from jaxrnn._gains import wants_the_cache
-from jaxrnn._jaxpr import (
-    Atom,
-    Var,
-    hides_product,
-    is_free,
-    is_transcendental,
-    multiply_adds,
-    shape,
-    size,
-    size_in_bytes,
-    variables,
-)
+from jaxrnn._jaxpr import Atom, Var, shape, size, size_in_bytes, variables
 from jaxrnn._kernel import SAMPLES
 from jaxrnn._primitives import conv_general_dilated_p, transpose_p
 

@@ -1,6 +1,7 @@
 """Which operations treat each sample, a row of the first axis, by itself."""
 
-from jaxrnn._jaxpr import Equation, calls, inner_equations, shape
+from jaxrnn._equations import calls
+from jaxrnn._jaxpr import Equation, inner_equations, shape
 from jaxrnn._primitives import (
     BY_ELEMENT,
     REDUCTIONS,

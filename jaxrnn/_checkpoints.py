@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from jaxrnn._equations import hides_product, is_free
 from jaxrnn._jaxpr import (
     Equation,
     Program,
@@ -19,10 +20,8 @@ from jaxrnn._jaxpr import (
     Var,
     at,
     bind,
-    hides_product,
     inline,
     inner_equations,
-    is_free,
     program_of,
     scopes,
     trace,

@@ -17,9 +17,10 @@ from jaxrnn._block_length import (
 )
 from jaxrnn._checkpoints import not_to_be_kept
 from jaxrnn._columns import MisfitError
+from jaxrnn._equations import is_free, is_heavy, is_movable, multiply_adds
 from jaxrnn._fission import Kind, Plan
 from jaxrnn._gains import has_one_row
-from jaxrnn._jaxpr import dtype, is_free, is_heavy, is_movable, multiply_adds, shape, size
+from jaxrnn._jaxpr import dtype, shape, size
 from jaxrnn._kernel import recipe
 from jaxrnn._primitives import FACTORISATIONS, WRITES, lu_p, sort_p
 

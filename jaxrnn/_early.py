@@ -14,16 +14,8 @@ from typing import Any
 
 import jax
 
-from jaxrnn._jaxpr import (
-    Equation,
-    Program,
-    Var,
-    inline,
-    inner_equations,
-    is_heavy,
-    is_transcendental,
-    variables,
-)
+from jaxrnn._equations import is_heavy, is_transcendental
+from jaxrnn._jaxpr import Equation, Program, Var, inline, inner_equations, variables
 from jaxrnn._placement import is_lone_cpu
 from jaxrnn._primitives import broadcast_in_dim_p, concatenate_p, pad_p, slice_p
 from jaxrnn._random import bind_spelled_out

@@ -17,6 +17,7 @@ from jaxrnn._arguments import Operands, Step
 from jaxrnn._block import Axes, run_plain
 from jaxrnn._block_length import block_length, results_block, steps_of
 from jaxrnn._checkpoints import not_to_be_kept
+from jaxrnn._equations import multiply_adds
 from jaxrnn._gains import only_for_gradients
 from jaxrnn._jaxpr import Equation, Program, Traced
 from jaxrnn._options import ScanOptions, as_int, engine_options, time_of
@@ -196,8 +197,8 @@ def _section(title: str, program: Program) -> list[str]:
     """A title and the operations under it, products with their shapes first."""
     if not program.equations:
         return []
-    products = Counter(_signature(e) for e in program.equations if _jaxpr.multiply_adds(e))
-    others = Counter(str(e.primitive) for e in program.equations if not _jaxpr.multiply_adds(e))
+    products = Counter(_signature(e) for e in program.equations if multiply_adds(e))
+    others = Counter(str(e.primitive) for e in program.equations if not multiply_adds(e))
     lines = ["", title]
     for name, n in products.items():
         lines += textwrap.wrap(
@@ -236,7 +237,7 @@ def _work_of(equation: Equation) -> int:
     if equation.primitive is cond_p:
         return max(inside)
     repeated = equation.params["length"] if equation.primitive is scan_p else 1
-    return _jaxpr.multiply_adds(equation) + repeated * sum(inside)
+    return multiply_adds(equation) + repeated * sum(inside)
 
 
 def _kept(split: Split, rows: list[Array], way: Way) -> int:
@@ -262,13 +263,11 @@ def _residual_bytes(f: Callable[..., PyTree], *groups: Sequence[Array]) -> int:
     args, structure = jax.tree.flatten([list(group) for group in groups])
     moving = [i for i, x in enumerate(args) if jnp.issubdtype(x.dtype, jnp.inexact)]
 
-    def residuals(*args: Array) -> list[Array]:
-        def of_moving(*moved: Array) -> PyTree:
-            given = list(args)
-            for i, x in zip(moving, moved, strict=True):
-                given[i] = x
-            return f(*jax.tree.unflatten(structure, given))
+    def flat(*args: Array) -> PyTree:
+        return f(*jax.tree.unflatten(structure, args))
 
+    def residuals(*args: Array) -> list[Array]:
+        of_moving = _jaxpr.as_function_of(moving, flat, args)
         return jax.tree.leaves(jax.vjp(of_moving, *(args[i] for i in moving))[1])
 
     program = _jaxpr.trace(residuals, *args).program

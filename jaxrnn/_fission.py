@@ -15,23 +15,16 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from jaxrnn._anew import has_backward_rule
-from jaxrnn._form import Form
-from jaxrnn._jaxpr import (
-    Atom,
-    Equation,
-    Literal,
-    Program,
-    Var,
+from jaxrnn._equations import (
     is_elementwise,
     is_free,
     is_heavy,
     is_movable,
     is_transcendental,
     multiply_adds,
-    size,
-    size_in_bytes,
-    variables,
 )
+from jaxrnn._form import Form
+from jaxrnn._jaxpr import Atom, Equation, Literal, Program, Var, size, size_in_bytes, variables
 from jaxrnn._primitives import SUMS
 from jaxrnn._schedule import coefficients, feeds_carries, is_a_loop, moves, schedule
 

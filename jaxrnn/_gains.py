@@ -9,19 +9,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from jaxrnn import _placement as placement
+from jaxrnn._equations import is_free, is_heavy, multiply_adds
 from jaxrnn._fission import Plan
-from jaxrnn._jaxpr import (
-    LOOPS_ARE_KERNELS,
-    Atom,
-    Equation,
-    Var,
-    is_free,
-    is_heavy,
-    multiply_adds,
-    shape,
-    size,
-    variables,
-)
+from jaxrnn._jaxpr import LOOPS_ARE_KERNELS, Atom, Equation, Var, shape, size, variables
 from jaxrnn._lazy import cut_axis
 from jaxrnn._primitives import (
     FACTORISATIONS,

@@ -15,24 +15,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core, source_info_util
 
-from jaxrnn._placement import explicit_sharding, is_split, varying
+from jaxrnn._placement import explicit_sharding, varying
 from jaxrnn._primitives import (
-    ELEMENTWISE,
-    FREE,
-    HEAVY,
     INLINED,
-    LINEAR,
-    LISTED,
     OWN_RULES,
-    PINNED,
-    PRODUCTS,
-    SLOPE_BY_OUTPUT,
-    TRANSCENDENTAL,
-    conv_general_dilated_p,
     convert_element_type_p,
-    dot_general_p,
-    key_data_p,
-    split_p,
     stop_gradient_p,
 )
 
@@ -138,9 +125,9 @@ def inline(program: Program, *args: Any, apply: Callable[..., list[Any]] = bind)
             inner = program_of(closed.jaxpr)
             with at(equation):
                 results = inline(inner, *closed.consts, *values, apply=apply)
-        elif equation.primitive in _SPELLED_OUT:
+        elif equation.primitive in SPELLED_OUT:
             with at(equation):
-                results = _SPELLED_OUT[equation.primitive](*values, **equation.params)
+                results = SPELLED_OUT[equation.primitive](*values, **equation.params)
         else:
             results = apply(equation, values)
         env.update(zip(equation.outvars, results, strict=True))
@@ -164,16 +151,11 @@ def _tile(array: Any, *, reps: Sequence[int]) -> list[Any]:
 
 
 # Primitives that JAX does not list in `jax.extend` and has not always had.
-_SPELLED_OUT: dict[Any, Callable[..., list[Any]]] = {
+SPELLED_OUT: dict[Any, Callable[..., list[Any]]] = {
     getattr(lax, name): spelled_out
     for name, spelled_out in (("stack_p", _stack), ("unstack_p", _unstack), ("tile_p", _tile))
     if hasattr(lax, name)
 }
-
-
-def calls(equation: Equation) -> bool:
-    """Whether `equation` is a call, which `inline` by `without_rule` replaces by the function."""
-    return equation.primitive in INLINED.keys() | OWN_RULES
 
 
 def without_rule(equation: Equation, values: Sequence[Any]) -> list[Any]:
@@ -223,6 +205,18 @@ def dependents_in_time(
         found |= more
 
 
+def as_function_of(
+    places: Sequence[int], f: Callable[..., PyTree], values: Sequence[Any]
+) -> Callable[..., PyTree]:
+    """`f(*values)` as a function of the values at some `places`."""
+
+    def of(*given: Any) -> PyTree:
+        placed = dict(zip(places, given, strict=True))
+        return f(*(placed.get(i, value) for i, value in enumerate(values)))
+
+    return of
+
+
 def parts(values: Sequence[Any], *sizes: int) -> list[list[Any]]:
     """`values` cut into pieces of the given sizes and a last one with what is left."""
     found, start = [], 0
@@ -244,7 +238,7 @@ def variables(atoms: Iterable[Atom]) -> list[Var]:
 
 def size(atom: Atom) -> int:
     """The number of elements of the array that `atom` stands for; a symbolic axis counts as 64."""
-    return math.prod(map(_length, shape(atom)))
+    return math.prod(map(length, shape(atom)))
 
 
 def size_in_bytes(atom: Atom) -> int:
@@ -284,38 +278,6 @@ def weak_as(value: jax.Array, like: Atom) -> jax.Array:
     return convert_element_type_p.bind(value, **params)
 
 
-def is_heavy(equation: Equation) -> bool:
-    """Whether `equation` earns a pass of its own over a block of time: it holds a product.
-
-    A gather counts, because its transpose is a scatter into the whole table, and so do random bits.
-    """
-    return equation.primitive in HEAVY or any(map(is_heavy, inner_equations(equation)))
-
-
-def multiply_adds(equation: Equation) -> int:
-    """The multiplications of a matrix product or convolution; 0 for anything else."""
-    if equation.primitive not in PRODUCTS:
-        return 0
-    lhs, rhs = equation.invars[:2]
-    if equation.primitive is dot_general_p:
-        (contracted, _), _ = equation.params["dimension_numbers"]
-        per_output = math.prod(_length(shape(lhs)[axis]) for axis in contracted)
-    else:
-        outputs = equation.params["dimension_numbers"].rhs_spec[0]
-        per_output = size(rhs) // max(shape(rhs)[outputs], 1)
-    return per_output * size(equation.outvars[0])
-
-
-def product_options(equation: Equation, *, swapped: bool) -> dict[str, Any]:
-    """The parameters of a matrix product but for its axes; with its operands `swapped`."""
-    options = {name: x for name, x in equation.params.items() if name != "dimension_numbers"}
-    precision = options["precision"]
-    if swapped and isinstance(precision, tuple):  # of both operands, or a `DotAlgorithm`
-        order = (1, 0, 2, 4, 3, 5, 6)[: len(precision)]
-        options["precision"] = getattr(precision, "_make", tuple)(precision[i] for i in order)
-    return options
-
-
 def inner_equations(equation: Equation) -> list[Equation]:
     """The equations of the functions that `equation` calls."""
     return [inner for function in inner_functions(equation) for inner in function]
@@ -326,75 +288,6 @@ def inner_functions(equation: Equation) -> list[list[Equation]]:
     return [list(jaxpr.eqns) for jaxpr in core.jaxprs_in_params(equation.params)]
 
 
-def is_movable(equation: Equation) -> bool:
-    """Whether many steps of `equation` may be run at once, by `vmap`.
-
-    Under `vmap` a branch becomes a selection and a `while` runs until the last one is done: both
-    may cost more than they save, and differentiate differently. Random bits of generators other
-    than threefry depend on the batching. The tangent of a `custom_vjp` function knows no `vmap`. Of
-    primitives that JAX does not list nothing is known. Under `vmap` a convolution merges axes, and
-    those that are split over an explicit mesh forbid it.
-    """
-    if equation.primitive in PINNED or any(
-        "rbg" in str(getattr(atom.aval, "dtype", "")) for atom in equation.invars
-    ):
-        return False
-    if equation.primitive is conv_general_dilated_p and is_split(equation):
-        return False
-    known = equation.primitive in LISTED | _SPELLED_OUT.keys() | key_data_p() | {split_p()}
-    return known and all(map(is_movable, inner_equations(equation)))
-
-
-def is_free(equation: Equation) -> bool:
-    """Whether `equation` only arranges data: cheaper to repeat than to carry what it makes."""
-    primitive = equation.primitive
-    return primitive in FREE or primitive in key_data_p() or primitive is split_p()
-
-
-def is_elementwise(equation: Equation) -> bool:
-    """Whether `equation` works on each element by itself."""
-    return equation.primitive in ELEMENTWISE
-
-
-def is_transcendental(equation: Equation) -> bool:
-    """Whether `equation` is an exponential, a root or the like, worth many sums or products."""
-    return equation.primitive in TRANSCENDENTAL
-
-
-def is_of_another_width(equation: Equation) -> bool:
-    """Whether numbers are wider than is allowed outside a context that the body has entered."""
-    allowed = jnp.result_type(float).itemsize
-    inside = inner_equations(equation)
-    return any(map(is_of_another_width, inside)) or any(
-        not jnp.issubdtype(dtype(a), jax.dtypes.extended)
-        and dtype(a).itemsize > allowed * (1 + jnp.issubdtype(dtype(a), jnp.complexfloating))
-        for a in (*equation.invars, *equation.outvars)
-    )
-
-
-def hides_product(equation: Equation) -> bool:
-    """Whether `equation` is a call or a loop with a product inside."""
-    inner = inner_equations(equation)
-    return any(multiply_adds(e) or hides_product(e) for e in inner)
-
-
-def has_own_rule(equation: Equation) -> bool:
-    """Whether `equation` calls a `custom_jvp` or `custom_vjp` function."""
-    return equation.primitive in OWN_RULES or any(map(has_own_rule, inner_equations(equation)))
-
-
-def is_linear(equation: Equation) -> bool:
-    """Whether the derivative of `equation` needs none of its operands.
-
-    For a selection this leaves the predicate out: it has no derivative.
-    """
-    return equation.primitive in LINEAR or equation.primitive is split_p()
-
-
-def slope_by_output(equation: Equation) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
-    """`(y, dx) -> dy` for a function whose derivative can be told from its result y alone."""
-    return SLOPE_BY_OUTPUT.get(equation.primitive)
-
-
-def _length(n: Any) -> int:
+def length(n: Any) -> int:
+    """The length of an axis, of a symbolic one as if it were 64."""
     return n if isinstance(n, int) else 64

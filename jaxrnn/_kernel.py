@@ -17,13 +17,13 @@ from jax import lax
 
 from jaxrnn import _placement as placement
 from jaxrnn._columns import MisfitError, cut_of, in_columns
+from jaxrnn._equations import calls
 from jaxrnn._jaxpr import (
     Atom,
     Equation,
     Literal,
     Program,
     Var,
-    calls,
     dependents,
     dtype,
     inline,

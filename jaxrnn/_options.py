@@ -24,6 +24,11 @@ class Options(NamedTuple):
     remat: bool
     method: str
 
+    @property
+    def shows_held(self) -> bool:
+        """Whether what is held at masked steps is among the outputs."""
+        return self.return_all_outputs and not self.zero_output_for_mask
+
 
 class ScanOptions(NamedTuple):
     """The arguments of `scan` that are fixed when it is traced."""

@@ -14,18 +14,8 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 
-from jaxrnn._jaxpr import (
-    Equation,
-    Literal,
-    Program,
-    Var,
-    at,
-    bind,
-    dependents,
-    product_options,
-    read,
-    shape,
-)
+from jaxrnn._equations import product_options
+from jaxrnn._jaxpr import Equation, Literal, Program, Var, at, bind, dependents, read, shape
 from jaxrnn._placement import is_split
 from jaxrnn._primitives import (
     BY_ELEMENT,

@@ -10,19 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxrnn._equations import product_options
 from jaxrnn._fission import Kind
-from jaxrnn._jaxpr import (
-    Atom,
-    Equation,
-    Literal,
-    Program,
-    Var,
-    at,
-    bind,
-    product_options,
-    read,
-    shape,
-)
+from jaxrnn._jaxpr import Atom, Equation, Literal, Program, Var, at, bind, read, shape
 from jaxrnn._placement import is_lone_cpu, is_split
 from jaxrnn._primitives import THREEFRY, dot_general_p
 from jaxrnn._random import bind_spelled_out

@@ -27,15 +27,15 @@ from jaxrnn._block import (
     run_plain,
 )
 from jaxrnn._block_length import results_block
+from jaxrnn._equations import has_own_rule, hides_product
 from jaxrnn._fission import Kind, Loop, Plan, fission
 from jaxrnn._jaxpr import (
     Equation,
     Program,
     Traced,
     Var,
+    as_function_of,
     bind,
-    has_own_rule,
-    hides_product,
     inline,
     trace,
     variables,
@@ -101,11 +101,10 @@ def _derivative(f: Callable[..., Results], primals: Any, tangents: Any) -> tuple
     slopes = jax.tree.leaves(tangents)
     moving = [i for i, slope in enumerate(slopes) if is_moving(slope)]
 
-    def of(*moved: Array) -> Results:
-        given = dict(zip(moving, moved, strict=True))
-        every = [given.get(i, value) for i, value in enumerate(values)]
-        return f(*jax.tree.unflatten(tree, every))
+    def flat(*values: Array) -> Results:
+        return f(*jax.tree.unflatten(tree, values))
 
+    of = as_function_of(moving, flat, values)
     outs, made = jax.jvp(of, [values[i] for i in moving], [slopes[i] for i in moving])
     return outs, jax.tree.map(_as_symbolic, outs, made)
 
@@ -218,10 +217,7 @@ def _by_rules(moving: set[Var], equation: Equation, values: Sequence[Any]) -> li
     if not (places and has_own_rule(equation)):
         return bind(equation, values)
 
-    def call(*moved: Array) -> list[Any]:
-        placed = dict(zip(places, moved, strict=True))
-        return bind(equation, [placed.get(i, v) for i, v in enumerate(values)])
-
+    call = as_function_of(places, lambda *values: bind(equation, values), values)
     results: list[Any] = jax.vjp(call, *(values[i] for i in places))[0]
     return results
 

@@ -16,19 +16,8 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
 from jaxrnn._checkpoints import not_to_be_kept
-from jaxrnn._jaxpr import (
-    Atom,
-    Equation,
-    Program,
-    Var,
-    dependents_in_time,
-    dtype,
-    is_heavy,
-    is_linear,
-    size,
-    slope_by_output,
-    variables,
-)
+from jaxrnn._equations import is_heavy, is_linear, slope_by_output
+from jaxrnn._jaxpr import Atom, Equation, Program, Var, dependents_in_time, dtype, size, variables
 from jaxrnn._primitives import (
     COMPARISONS,
     EXTREMES,

@@ -169,21 +169,21 @@ def run(
     inputs = jax.tree.map(functools.partial(time_first, axis=axis), lying)
     step = _arguments.checked_step(step_function, states, constants)
     flags = [given for given in (valid, reset) if given is not None]
-    states, (output_like, _, output_is_state, smooth) = _settled(step, inputs, states, flags)
+    states, known = _settled(step, inputs, states, flags)
 
     # What a masked step, or a call that wants the last output alone, has to remember beside the
     # states: nothing, if the output is the first state.
     hold = valid is not None or not options.return_all_outputs
-    carry_output = hold and not output_is_state
-    held = _varying_as_all(_initial_output(output_like, states), flags) if carry_output else None
+    carry_output = hold and not known.output_is_state
+    held = _initial_output(known.output_like, states, flags) if carry_output else None
     fill_input = fill_states = None
     if valid is not None:
         # At the state that is held a smooth step is as safe as at those that it begins with.
         fill_input, fill_states = _masking.substitutes(
-            valid, inputs, None if smooth else states, options.go_backwards
+            valid, inputs, None if known.smooth else states, options.go_backwards
         )
     # Samples that hold a state of their own through a smooth step, which is fed what they hold.
-    holding = valid if smooth else None
+    holding = valid if known.smooth else None
     start = states if holding is None else _masking.without_lost(holding, states)
     chunk = options.chunk
     time = jax.tree.leaves(inputs)[0].shape[0]
@@ -200,7 +200,7 @@ def run(
         fed = old_states
         if valid_t is not None:
             input_t = _masking.select(valid_t, input_t, fill_input)
-            if not smooth:
+            if not known.smooth:
                 fed = _masking.select(valid_t, old_states, fill_states)
         output, new_states = step(input_t, fed)
         y = output
@@ -210,7 +210,7 @@ def run(
                 y = _masking.zero_unless(valid_t, output)
             if carry_output:
                 output = _masking.select(valid_t, output, held)
-            elif output_is_state:
+            elif known.output_is_state:
                 output = _first_state(new_states)
             if not options.zero_output_for_mask:
                 y = output
@@ -235,7 +235,7 @@ def run(
     )
     if holding is not None:
         new_states = _masking.select(jnp.any(holding, axis=0), new_states, states)
-        if output_is_state and options.return_all_outputs and not options.zero_output_for_mask:
+        if known.output_is_state and options.shows_held:
             first = _first_state(states)
             outputs = _masking.with_lost(holding, outputs, first, axis)
     last = held if carry_output else _first_state(new_states)
@@ -338,7 +338,7 @@ def _trace_step(step: Step, inputs: PyTree, states: PyTree) -> _Known:
     return _Known(_Like(output, tree), new_states, is_state, smooth)
 
 
-def _initial_output(output_like: _Like, states: PyTree) -> PyTree:
+def _initial_output(output_like: _Like, states: PyTree, flags: Sequence[Array]) -> PyTree:
     """What is held before a sample's first valid step."""
     first, tree = jax.tree.flatten(_first_state(states))
 
@@ -354,7 +354,7 @@ def _initial_output(output_like: _Like, states: PyTree) -> PyTree:
         held = list(map(placed_as, map(cast, first, types), types))
     else:
         held = list(map(zeros_of, types))
-    return jax.tree.unflatten(output_like.tree, held)
+    return _varying_as_all(jax.tree.unflatten(output_like.tree, held), flags)
 
 
 def _first_state(states: PyTree) -> PyTree:

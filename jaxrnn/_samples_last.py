@@ -21,6 +21,7 @@ from jax import lax
 
 from jaxrnn._block import Steps
 from jaxrnn._choice import samples_last
+from jaxrnn._equations import multiply_adds, product_options
 from jaxrnn._fission import Kind, Loop, Plan, Stage
 from jaxrnn._form import Form
 from jaxrnn._gains import take_all_cores
@@ -33,9 +34,7 @@ from jaxrnn._jaxpr import (
     bind,
     dtype,
     is_weak,
-    multiply_adds,
     parts,
-    product_options,
     read,
     shape,
     size,

@@ -16,19 +16,10 @@ from jaxrnn._block_length import block_length, recomputed_block, steps_of
 from jaxrnn._checkpoints import through_checkpoints
 from jaxrnn._choice import fits_kernel, is_soon_made_again, kernels_pay, why_not_worthwhile
 from jaxrnn._eager import is_jit_disabled, run_compiled
+from jaxrnn._equations import is_heavy, is_movable, is_of_another_width
 from jaxrnn._fission import How, Plan, fission
 from jaxrnn._gains import only_for_gradients
-from jaxrnn._jaxpr import (
-    Traced,
-    dtype,
-    is_heavy,
-    is_movable,
-    is_of_another_width,
-    is_weak,
-    kind,
-    trace,
-    weak_as,
-)
+from jaxrnn._jaxpr import Traced, dtype, is_weak, kind, trace, weak_as
 from jaxrnn._options import ScanOptions, as_int, engine_options, time_of
 from jaxrnn._passes import time_first, time_on
 from jaxrnn._placement import is_lone_cpu

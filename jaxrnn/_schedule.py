@@ -17,19 +17,8 @@ step, or a readout and the output that a masked step holds: the product then lea
 from collections.abc import Callable, Container, Iterable
 
 from jaxrnn._anew import is_anew
-from jaxrnn._jaxpr import (
-    Atom,
-    Equation,
-    Program,
-    Var,
-    dependents,
-    is_heavy,
-    is_movable,
-    is_transcendental,
-    multiply_adds,
-    size,
-    variables,
-)
+from jaxrnn._equations import is_heavy, is_movable, is_transcendental, multiply_adds
+from jaxrnn._jaxpr import Atom, Equation, Program, Var, dependents, size, variables
 from jaxrnn._primitives import TRIGONOMETRIC
 
 

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxrnn._by_sample import is_by_sample, keeps_first_axis
+from jaxrnn._equations import product_options
 from jaxrnn._jaxpr import (
     Atom,
     Equation,
@@ -37,7 +38,6 @@ from jaxrnn._jaxpr import (
     dtype,
     inline,
     inner_equations,
-    product_options,
     read,
     shape,
     size,

@@ -19,20 +19,10 @@ from jaxrnn._block import (
 )
 from jaxrnn._block_length import reads_in_place, tangent_block, tangent_unroll
 from jaxrnn._columns import MisfitError
+from jaxrnn._equations import slope_by_output
 from jaxrnn._fission import Loop, Plan, fission
 from jaxrnn._fused import run_fused
-from jaxrnn._jaxpr import (
-    Equation,
-    Program,
-    Var,
-    bind,
-    dependents,
-    parts,
-    read,
-    slope_by_output,
-    trace,
-    variables,
-)
+from jaxrnn._jaxpr import Equation, Program, Var, bind, dependents, parts, read, trace, variables
 from jaxrnn._kernel import Recipe, recipe
 from jaxrnn._passes import shifted, time_first, time_on
 from jaxrnn._placement import empty_rows

@@ -10,7 +10,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxrnn._jaxpr import UNITS_SLOW_DOWN_SUMS, Equation, bind, is_elementwise, shape, size
+from jaxrnn._equations import is_elementwise
+from jaxrnn._jaxpr import UNITS_SLOW_DOWN_SUMS, Equation, bind, shape, size
 from jaxrnn._placement import is_lone_cpu
 from jaxrnn._primitives import reduce_sum_p
 

@@ -16,15 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import ad, batching
 
-from jaxrnn._jaxpr import (
-    Program,
-    Var,
-    dependents,
-    dependents_in_time,
-    multiply_adds,
-    parts,
-    variables,
-)
+from jaxrnn._equations import multiply_adds
+from jaxrnn._jaxpr import Program, Var, dependents, dependents_in_time, parts, variables
 from jaxrnn._primitives import new_primitive
 
 Array = jax.Array

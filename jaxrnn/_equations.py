@@ -1,0 +1,141 @@
+"""What is known of an equation: what it computes, what it costs, what it hides."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrnn._jaxpr import SPELLED_OUT, Equation, dtype, inner_equations, length, shape, size
+from jaxrnn._placement import is_split
+from jaxrnn._primitives import (
+    ELEMENTWISE,
+    FREE,
+    HEAVY,
+    INLINED,
+    LINEAR,
+    LISTED,
+    OWN_RULES,
+    PINNED,
+    PRODUCTS,
+    SLOPE_BY_OUTPUT,
+    TRANSCENDENTAL,
+    conv_general_dilated_p,
+    dot_general_p,
+    key_data_p,
+    split_p,
+)
+
+
+def with_inner(equations: Iterable[Equation]) -> Iterator[Equation]:
+    """All equations, each followed by those of the functions that it calls."""
+    for equation in equations:
+        yield equation
+        yield from with_inner(inner_equations(equation))
+
+
+def is_heavy(equation: Equation) -> bool:
+    """Whether `equation` earns a pass of its own over a block of time: it holds a product.
+
+    A gather counts, because its transpose is a scatter into the whole table, and so do random bits.
+    """
+    return any(e.primitive in HEAVY for e in with_inner([equation]))
+
+
+def multiply_adds(equation: Equation) -> int:
+    """The multiplications of a matrix product or convolution; 0 for anything else."""
+    if equation.primitive not in PRODUCTS:
+        return 0
+    lhs, rhs = equation.invars[:2]
+    if equation.primitive is dot_general_p:
+        (contracted, _), _ = equation.params["dimension_numbers"]
+        per_output = math.prod(length(shape(lhs)[axis]) for axis in contracted)
+    else:
+        outputs = equation.params["dimension_numbers"].rhs_spec[0]
+        per_output = size(rhs) // max(shape(rhs)[outputs], 1)
+    return per_output * size(equation.outvars[0])
+
+
+def product_options(equation: Equation, *, swapped: bool) -> dict[str, Any]:
+    """The parameters of a matrix product but for its axes; with its operands `swapped`."""
+    options = {name: x for name, x in equation.params.items() if name != "dimension_numbers"}
+    precision = options["precision"]
+    if swapped and isinstance(precision, tuple):  # of both operands, or a `DotAlgorithm`
+        order = (1, 0, 2, 4, 3, 5, 6)[: len(precision)]
+        options["precision"] = getattr(precision, "_make", tuple)(precision[i] for i in order)
+    return options
+
+
+def is_movable(equation: Equation) -> bool:
+    """Whether many steps of `equation` may be run at once, by `vmap`.
+
+    Under `vmap` a branch becomes a selection and a `while` runs until the last one is done: both
+    may cost more than they save, and differentiate differently. Random bits of generators other
+    than threefry depend on the batching. The tangent of a `custom_vjp` function knows no `vmap`. Of
+    primitives that JAX does not list nothing is known. Under `vmap` a convolution merges axes, and
+    those that are split over an explicit mesh forbid it.
+    """
+    if equation.primitive in PINNED or any(
+        "rbg" in str(getattr(atom.aval, "dtype", "")) for atom in equation.invars
+    ):
+        return False
+    if equation.primitive is conv_general_dilated_p and is_split(equation):
+        return False
+    known = equation.primitive in LISTED | SPELLED_OUT.keys() | key_data_p() | {split_p()}
+    return known and all(map(is_movable, inner_equations(equation)))
+
+
+def is_free(equation: Equation) -> bool:
+    """Whether `equation` only arranges data: cheaper to repeat than to carry what it makes."""
+    primitive = equation.primitive
+    return primitive in FREE or primitive in key_data_p() or primitive is split_p()
+
+
+def is_elementwise(equation: Equation) -> bool:
+    """Whether `equation` works on each element by itself."""
+    return equation.primitive in ELEMENTWISE
+
+
+def is_transcendental(equation: Equation) -> bool:
+    """Whether `equation` is an exponential, a root or the like, worth many sums or products."""
+    return equation.primitive in TRANSCENDENTAL
+
+
+def is_linear(equation: Equation) -> bool:
+    """Whether the derivative of `equation` needs none of its operands.
+
+    For a selection this leaves the predicate out: it has no derivative.
+    """
+    return equation.primitive in LINEAR or equation.primitive is split_p()
+
+
+def slope_by_output(equation: Equation) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
+    """`(y, dx) -> dy` for a function whose derivative can be told from its result y alone."""
+    return SLOPE_BY_OUTPUT.get(equation.primitive)
+
+
+def is_of_another_width(equation: Equation) -> bool:
+    """Whether numbers are wider than is allowed outside a context that the body has entered."""
+    allowed = jnp.result_type(float).itemsize
+    inside = inner_equations(equation)
+    return any(map(is_of_another_width, inside)) or any(
+        not jnp.issubdtype(dtype(a), jax.dtypes.extended)
+        and dtype(a).itemsize > allowed * (1 + jnp.issubdtype(dtype(a), jnp.complexfloating))
+        for a in (*equation.invars, *equation.outvars)
+    )
+
+
+def calls(equation: Equation) -> bool:
+    """Whether `equation` is a call, which `inline` by `without_rule` replaces by the function."""
+    return equation.primitive in INLINED.keys() | OWN_RULES
+
+
+def has_own_rule(equation: Equation) -> bool:
+    """Whether `equation` calls a `custom_jvp` or `custom_vjp` function."""
+    return any(e.primitive in OWN_RULES for e in with_inner([equation]))
+
+
+def hides_product(equation: Equation) -> bool:
+    """Whether `equation` is a call or a loop with a product inside."""
+    return any(map(multiply_adds, with_inner(inner_equations(equation))))
