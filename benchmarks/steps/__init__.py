@@ -83,6 +83,7 @@ STEPS = (
         (Size(8, 128, 4, 32), Size(8, 128, 4, 64)),
     ),
     Step("mixture of experts", other.experts, (Size(16, 128, 64, 64),)),
+    Step("Elman, sparsemax", other.sparsemax, (NARROW, MEDIUM)),
     Step("CTC", other.ctc, (Size(16, 128, 64, 20), Size(64, 64, 64, 20))),
     Step("hidden Markov model", other.hidden_markov, (Size(16, 128, 64, 64),)),
     Step("test-time training", memories.test_time_training, (Size(16, 128, 64, 64),)),

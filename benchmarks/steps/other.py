@@ -175,6 +175,35 @@ def experts(draw: Draw, size: Size) -> Loop:
     return loop(body, params, draw.normal(B, H), draw.normal(T, B, D))
 
 
+def sparsemax(draw: Draw, size: Size) -> Loop:
+    """A memory of 32 rows read with sparse weights, which takes a sort (arXiv:1602.02068)."""
+    B, T, D, H = size
+    rows = 32
+
+    def weights(scores):
+        ordered = -jnp.sort(-scores)
+        sums = jnp.cumsum(ordered, axis=-1)
+        count = jnp.sum(1 + jnp.arange(1, rows + 1) * ordered > sums, axis=-1, keepdims=True)
+        threshold = (jnp.take_along_axis(sums, count - 1, axis=-1) - 1) / count
+        return jax.nn.relu(scores - threshold)
+
+    def body(p):
+        def step(h, x):
+            read = weights(h @ p["keys"]) @ p["values"]
+            h = jnp.tanh(x @ p["W"] + h @ p["U"] + read)
+            return h, h
+
+        return step
+
+    params = {
+        "W": draw.weight(D, H),
+        "U": draw.weight(H, H),
+        "keys": draw.weight(H, rows),
+        "values": draw.weight(rows, H),
+    }
+    return loop(body, params, draw.normal(B, H), draw.normal(T, B, D))
+
+
 def ctc(draw: Draw, size: Size) -> Loop:
     """The forward variable of CTC, for as many labels as units: a sum over paths, as logarithms."""
     B, T, D, H = size
