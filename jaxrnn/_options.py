@@ -66,11 +66,15 @@ def engine_options(chunk: Any, remat: Any, method: Any) -> dict[str, Any]:
         raise ValueError(
             f"chunk is {chunk!r}; expected 'auto', None, or a number of timesteps n >= 1."
         )
+    if isinstance(remat, jax.core.Tracer):
+        raise ValueError(_traced("remat", "a Python bool"))
+    if not isinstance(remat, bool | np.bool_):
+        raise ValueError(f"remat is {remat!r}; expected True or False.")
     if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"method is {method!r}; expected one of {', '.join(map(repr, METHODS))}.")
     return {
         "chunk": int(chunk) if is_count else chunk,
-        "remat": flag("remat", remat),
+        "remat": bool(remat),
         "method": method,
     }
 
