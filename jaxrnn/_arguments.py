@@ -86,8 +86,9 @@ def checked_step(step_function: Step, states: PyTree, constants: PyTree) -> Step
             error.add_note(
                 "rnn calls step_function(input_t, states), in this order, and here with\n"
                 + _types(input_t=input_t, states=given)
-                + _other_batch(states, batch)
             )
+            if isinstance(error, TypeError | ValueError):
+                _note_other_batch(error, states, batch)
             raise
         if not isinstance(result, tuple | list) or len(result) != 2:
             raise ValueError(
@@ -101,13 +102,20 @@ def checked_step(step_function: Step, states: PyTree, constants: PyTree) -> Step
     return step
 
 
-def _other_batch(states: PyTree, batch: Any) -> str:
-    """A hint at states that are for another number of samples than the inputs."""
+def _note_other_batch(error: Exception, states: PyTree, batch: Any) -> None:
+    """Hints at states that are for another number of samples than the inputs, it seems."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(states):
-        if leaf.ndim and leaf.shape[0] != batch:
-            name = f"initial_states{jax.tree_util.keystr(path)}"
-            return f"\n{name} has {leaf.shape[0]} on its first axis, inputs have {batch} samples."
-    return ""
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):  # a raw random key has no samples
+            hint = _other_batch(jax.tree_util.keystr(path), leaf, batch)
+            if hint:
+                error.add_note(hint.strip())
+
+
+def _other_batch(path: str, state: Array, batch: Any) -> str:
+    if not state.ndim or state.shape[0] == batch:
+        return ""
+    first = state.shape[0]
+    return f" initial_states{path} has {first} on its first axis, inputs have {batch} samples."
 
 
 def _types(**values: PyTree) -> str:
@@ -198,6 +206,8 @@ def _normalize_states(initial_states: PyTree, has_constants: bool) -> PyTree:
 
 def _normalize_flags(name: str, flags: Any, batch: Any, time: Any, time_major: bool) -> Array:
     """`mask` or `reset` as bool `[T, B]`."""
+    if isinstance(flags, np.ndarray) and flags.dtype.kind in "iuf":
+        flags = flags != 0  # as an array of JAX's, 2**32 or 1e-300 might be zero
     array = _as_array(name, flags)
     shape, axes = ((time, batch), "[T, B]") if time_major else ((batch, time), "[B, T]")
     if array.shape not in (shape, (*shape, 1)):
@@ -223,7 +233,7 @@ def _within_length(input_length: Any, batch: Any, time: Any) -> Array:
 
 
 def _within_int32(numbers: Any) -> Any:
-    """Integers of any width, with int32's largest or smallest for those that it has not."""
+    """Integers of up to 64 bits, with int32's largest or smallest for those that it has not."""
     # NumPy has all the digits of a Python integer, but does not read what is traced.
     xp = jnp if any(isinstance(n, jax.Array) for n in jax.tree.leaves(numbers)) else np
     try:
@@ -267,6 +277,7 @@ def _match_container(new_states: PyTree, states: PyTree, constants: int) -> PyTr
         )
     if _structure(new_states) != expected:
         path, got, wanted = _first_difference(new_states, states, "")
+        got += " with other static fields" * (got == wanted)
         raise ValueError(
             f"step_function returned new_states{path} as {got}; expected {wanted}, the structure "
             f"of initial_states{path}."
@@ -299,7 +310,7 @@ def _match_leaves(new_states: PyTree, states: PyTree, batch: Any) -> PyTree:
             raise ValueError(
                 f"step_function returned new_states{name} with shape {new.shape}; expected "
                 f"{old.shape}, the shape of initial_states{name}: a state never changes its shape."
-                + _other_batch(states, batch)
+                + _other_batch(name, old, batch)
             )
         if new.dtype == old.dtype:
             return new
@@ -346,7 +357,7 @@ def _as_array_or_weak(name: str, value: Any) -> Array:
     try:
         return jnp.asarray(value)
     except TypeError as error:
-        raise TypeError(f"{name} is {describe(value)}; expected an array.") from error
+        raise TypeError(f"{name} is {describe(value)}; expected an array of numbers.") from error
     except (OverflowError, ValueError) as error:
         raise ValueError(
             f"{name} is {describe(value)}; expected an array, and none can be made of it: "

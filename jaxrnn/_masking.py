@@ -128,7 +128,10 @@ def substitutes(
         if is_key(own):
             return own
         total = jnp.any if own.dtype == jnp.bool_ else jnp.sum
-        lent = total(zero_unless(samples == lender, own), axis=0)
+        # JAX sums no integers of less than a byte.
+        is_narrow = str(own.dtype) in ("int2", "uint2", "int4", "uint4")
+        summed = own.astype(jnp.int8) if is_narrow else own
+        lent = total(zero_unless(samples == lender, summed), axis=0)
         own = jnp.where(_align(has_any | ~some, own), own, lent.astype(own.dtype)[None])
         return lax.stop_gradient(own)
 

@@ -30,7 +30,8 @@ def _degrees(program: Program, of_inputs: Sequence[int]) -> list[int] | None:
         primitive, operands = equation.primitive, [*map(degree, equation.invars)]
         if primitive in INLINED:
             function = program_of(equation.params[INLINED[primitive]].jaxpr)
-            inner = _degrees(function, operands)
+            consts = len(function.invars) - len(operands)
+            inner = _degrees(function, [0] * consts + operands)
             if inner is None:
                 return None
             known |= zip(equation.outvars, inner, strict=True)

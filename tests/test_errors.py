@@ -394,6 +394,12 @@ def test_states_for_another_number_of_samples_are_named(states):
     assert f"initial_states[0] has {len(states)} on its first axis, inputs have 3 samples" in words
 
 
+def test_a_mistake_of_another_kind_is_not_put_down_to_the_states():
+    with pytest.raises(KeyError) as caught:
+        jaxrnn.rnn(lambda _x, _s: {}["typo"], X, [H[:2]])
+    assert "first axis" not in "".join(caught.value.__notes__)
+
+
 def test_nothing_runs_before_an_error_is_raised():
     ran = []
 

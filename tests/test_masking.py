@@ -209,8 +209,26 @@ def test_masks_of_every_form_say_the_same():
         GAPS.astype(np.uint8)[..., None],
         -0.25 * GAPS.astype(np.float32),
         jnp.asarray(GAPS, jnp.bfloat16),
+        GAPS.astype(np.int64) << 32,  # wider than what JAX has
+        1e-300 * GAPS,
     ):
         assert_identical(case.call(jaxrnn.rnn, jnp, arguments, mask=mask), expected)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int4, jnp.uint4, jnp.int8])
+def test_masked_integers_may_be_narrow(dtype):
+    """As inputs, and as states of a step that is kept from what they hold."""
+    x, n = (jnp.asarray(np.arange(size).reshape(3, -1, 2) % 7, dtype) for size in (42, 6))
+
+    def step(x, states):
+        return jnp.log(x.astype(jnp.float32)), [states[0] + x]
+
+    _, outputs, [total] = jaxrnn.rnn(step, x, [n[:, 0]], mask=GAPS)
+    expected = np.asarray(n[:, 0], int) + np.sum(np.asarray(x, int) * GAPS[..., None], axis=1)
+    bits = 2 ** (8 if dtype is jnp.int8 else 4)
+    assert total.dtype == dtype
+    np.testing.assert_array_equal(np.asarray(total, int) % bits, expected % bits)
+    assert outputs.dtype == jnp.float32
 
 
 def test_lengths_may_be_a_list_with_traced_numbers():

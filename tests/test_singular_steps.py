@@ -144,6 +144,20 @@ def test_only_a_step_that_can_be_singular_is_kept_from_held_states():
     assert selections(squaring_step) == 3
 
 
+@pytest.mark.parametrize("flags", [{}, {"mask": GAPS}], ids=["plain", "masked"])
+def test_a_step_may_call_what_was_compiled_with_an_array(flags):
+    w, x = 0.1 * np.arange(10, dtype=np.float32).reshape(2, 5), np.ones((3, 7, 2), np.float32)
+
+    def naive(x, states):
+        h = jnp.tanh(x @ w) + states[0]
+        return h, [h]
+
+    def run(step):
+        return jaxrnn.rnn(step, x, [jnp.zeros((3, 5))], **flags)
+
+    assert_same(run(jax.jit(naive)), run(naive))
+
+
 @pytest.mark.parametrize("make_step", [log_step, normalising_step])
 def test_gradients_stay_finite_when_every_step_of_every_sample_is_masked(make_step):
     rng = np.random.default_rng(2)
