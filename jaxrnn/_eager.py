@@ -33,7 +33,8 @@ class PureStep:
 
     def __repr__(self) -> str:
         """Its name and the shapes of its arrays."""
-        shapes = ", ".join(str(jnp.shape(array)) for array in self.arrays)
+        leaves = jax.tree.leaves(self.arrays)  # under `jax.tree.map` they may be anything
+        shapes = ", ".join(str(getattr(leaf, "shape", leaf)) for leaf in leaves)
         return f"<{self.__name__} with arrays of {shapes}>"
 
     def tree_flatten(self) -> tuple[Arrays, Callable[..., Any]]:

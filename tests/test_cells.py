@@ -371,6 +371,15 @@ def stacked(*trees):
 
 
 @pytest.mark.parametrize("name", MAKERS)
+def test_a_step_can_be_printed(name):
+    step = MAKERS[name](H).step(random_params(name))
+    shapes = f"{(D, GATES[name] * H)}, {(H, GATES[name] * H)}, "
+    for printed in (step, jax.tree.map(jax.typeof, step)):
+        assert repr(printed).startswith(f"<{name}_step with arrays of {shapes}")
+    assert repr(jax.tree.map(lambda _: None, step)) == f"<{name}_step with arrays of >"
+
+
+@pytest.mark.parametrize("name", MAKERS)
 def test_vmap_over_parameters(name):
     x, states = random_inputs(name)
     each = [random_params(name, seed) for seed in (0, 1)]
