@@ -22,7 +22,18 @@ from jaxrnn._columns import MisfitError
 from jaxrnn._equations import slope_by_output
 from jaxrnn._fission import Loop, Plan, fission
 from jaxrnn._fused import run_fused
-from jaxrnn._jaxpr import Equation, Program, Var, bind, dependents, parts, read, trace, variables
+from jaxrnn._jaxpr import (
+    Equation,
+    Program,
+    Var,
+    as_function_of,
+    bind,
+    dependents,
+    parts,
+    read,
+    trace,
+    variables,
+)
 from jaxrnn._kernel import Recipe, recipe
 from jaxrnn._passes import shifted, time_first, time_on
 from jaxrnn._placement import empty_rows
@@ -250,9 +261,8 @@ class Tangent:
             *(offset + len(states) + i for i in self.moving_xs),
         ]
 
-        def outputs(*moved: Array) -> list[Array]:
-            placed = dict(zip(moving, moved, strict=True))
-            env = {v: placed.get(i, inputs[i]) for i, v in enumerate(self.program.invars)}
+        def outputs(*inputs: Array) -> list[Array]:
+            env: dict[Var, Array] = dict(zip(self.program.invars, inputs, strict=True))
             known = dict(zip(self.kept, values, strict=True))
             for equation in self.program.equations:
                 operands = [read(env, a) for a in equation.invars]
@@ -263,7 +273,8 @@ class Tangent:
             return [jnp.asarray(read(env, out)) for out in outs]
 
         primals = [inputs[i] for i in moving]
-        return jax.jvp(outputs, primals, [*t_consts, *t_carry, *t_xs])[1]
+        tangents = [*t_consts, *t_carry, *t_xs]
+        return jax.jvp(as_function_of(moving, outputs, inputs), primals, tangents)[1]
 
     def _results(
         self, equation: Equation, operands: list[Array], known: Mapping[Var, Array]
