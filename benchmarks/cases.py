@@ -45,7 +45,7 @@ GEMM_SIZE = 2048
 class Case:
     """One cell at one size, with everything that computes it."""
 
-    topic: str  # "speed" or "remat"
+    topic: str  # "speed", "remat" or "gpu"
     cell: str
     B: int
     T: int

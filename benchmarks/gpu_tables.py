@@ -12,8 +12,8 @@ from benchmarks.tables import (
     Result,
     candidate,
     number,
+    speedup_of,
     table,
-    times_faster,
     title,
     versions,
 )
@@ -53,8 +53,7 @@ def section(result: Result) -> str:
             for dtype in _dtypes(case for case in cases if case["cell"] == cell)
         ),
         f"Published for the LSTM of 768 units in bfloat16, milliseconds for all steps: {published} "
-        "(arXiv:2412.07752). On this machine cuDNN, through PyTorch and through JAX, takes several "
-        "times that.",
+        "(arXiv:2412.07752). On this machine cuDNN takes several times that.",
         _summary(result),
     ]
     return "\n\n".join(parts)
@@ -143,7 +142,7 @@ def _summary(result: Result) -> str:
             cases = [case for case in result["cases"] if case["dtype"] == dtype]
             entries = []
             for kind in KINDS:
-                ratios = [times_faster(case, kind, name, OURS) for case in cases]
+                ratios = [speedup_of(case, kind, name, OURS) for case in cases]
                 known = [ratio for ratio in ratios if ratio is not None]
                 if known and name[0] != OURS[0]:
                     entries.append(f"{geometric_mean(known):.2f} ({min(known):.2f})")

@@ -18,7 +18,7 @@ from benchmarks.tables import (
     Result,
     candidate,
     speed_cases,
-    times_faster,
+    speedup_of,
     title,
 )
 
@@ -73,7 +73,7 @@ def speed(result: Result, path: Path) -> None:
 def _bars(ax: Axes, cases: list[Case], kind: str) -> None:
     width = 0.8 / len(COLOURS)
     for position, (label, colour) in enumerate(COLOURS.items()):
-        heights = [times_faster(case, kind, BASELINE, COLUMNS[label]) or 0 for case in cases]
+        heights = [speedup_of(case, kind, BASELINE, COLUMNS[label]) or 0 for case in cases]
         places = [i + (position - (len(COLOURS) - 1) / 2) * width for i in range(len(cases))]
         ax.bar(places, heights, 0.92 * width, color=colour, label=label.strip("`"))
     ax.axhline(1, color=INK, linewidth=0.9)

@@ -13,17 +13,17 @@ from benchmarks import machine
 DIRECTORY = Path(__file__).parent / "results"
 
 
-def save(benchmark: str, quick: bool, facts: dict, versions: dict, body: dict) -> Path:
-    """Writes `results/<benchmark>-<setting>.json`; a quick run's name starts with "quick-"."""
+def save(benchmark: str, partial: bool, facts: dict, versions: dict, body: dict) -> Path:
+    """Writes `results/<benchmark>-<setting>.json`; a `partial` run's name starts with "quick-"."""
     heading = {
         "benchmark": benchmark,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": _commit(),
-        "quick": quick,
+        "quick": partial,
         "machine": facts,
         "versions": versions,
     }
-    path = DIRECTORY / f"{'quick-' * quick}{benchmark}-{setting(heading)}.json"
+    path = DIRECTORY / f"{'quick-' * partial}{benchmark}-{setting(heading)}.json"
     DIRECTORY.mkdir(exist_ok=True)
     text = json.dumps(heading | body, indent=1)
     # A list of numbers on one line: readable, and one line to differ.
@@ -62,7 +62,7 @@ def load(benchmark: str, directory: Path = DIRECTORY) -> list[dict[str, Any]]:
 
 
 def speedup(slow_ms: list[float], fast_ms: list[float]) -> float:
-    """How many times faster the second is: the median over rounds of the ratio within a round.
+    """The ratio of times, above 1 where the second is faster: the median over rounds.
 
     Both lists hold one time per round of one run, so that what disturbs the machine for a while
     disturbs both sides of a ratio.

@@ -38,8 +38,8 @@ def section(peers: Result, never_slower: Result | None) -> str:
         "Milliseconds, forward / forward+backward; the gradient goes to parameters and inputs. "
         "The fastest in bold.",
         *(_speed_table(peers, cell) for cell in ("lstm", "gru")),
-        "A naive step under `jaxrnn.rnn`, so many times faster than the same step under "
-        "`lax.scan`, forward / forward+backward:",
+        "The speedup of a naive step by `jaxrnn.rnn` over the same step under `lax.scan` (1 is "
+        "equally fast), forward / forward+backward:",
         _naive_table(peers),
         _summary(peers),
         _remat_table(peers),
@@ -101,8 +101,8 @@ def candidate(case: Case, name: Name) -> dict[str, Any] | None:
     return None
 
 
-def times_faster(case: Case, kind: str, slow: Name, fast: Name) -> float | None:
-    """How many times faster the second candidate is than the first, if both took part."""
+def speedup_of(case: Case, kind: str, slow: Name, fast: Name) -> float | None:
+    """The speedup of the second candidate over the first, if both took part."""
     a, b = candidate(case, slow), candidate(case, fast)
     if a is None or b is None:
         return None
@@ -164,7 +164,7 @@ def _naive_table(result: Result) -> str:
         for variant, words in NAIVE.items():
 
             def ratio(kind: str, case=case, variant=variant) -> str | None:
-                value = times_faster(case, kind, ("lax.scan", variant), ("jaxrnn", variant))
+                value = speedup_of(case, kind, ("lax.scan", variant), ("jaxrnn", variant))
                 return None if value is None else f"{value:.2f}"
 
             if candidate(case, ("jaxrnn", variant)) is not None:
@@ -208,7 +208,7 @@ def _ratios(result: Result) -> list[list[float]]:
     best_jax = [_best_ratio(case, JAX_PEERS, own) for case in own_cases]
     torch = [_best_ratio(case, (("torch", "layer"),), own) for case in own_cases]
     naive = [
-        times_faster(case, "gradient", ("lax.scan", variant), ("jaxrnn", variant))
+        speedup_of(case, "gradient", ("lax.scan", variant), ("jaxrnn", variant))
         for case, variant in naive_cases
     ]
     compilation = [
@@ -222,7 +222,7 @@ def _ratios(result: Result) -> list[list[float]]:
 
 
 def _best_ratio(case: Case, peers: Iterable[Name], own: Name) -> float | None:
-    ratios = [times_faster(case, "gradient", peer, own) for peer in peers]
+    ratios = [speedup_of(case, "gradient", peer, own) for peer in peers]
     known = [ratio for ratio in ratios if ratio is not None]
     return min(known) if known else None
 
@@ -246,7 +246,7 @@ def _remat_table(result: Result) -> str:
 
     def against_plain(case: Case) -> list[str]:
         plain, remat = names["`lax.scan`"], names["jaxrnn, `remat=True`"]
-        ratio = times_faster(case, "gradient", plain, remat)
+        ratio = speedup_of(case, "gradient", plain, remat)
         if ratio is None:
             return [ABSENT, ABSENT]
         held = [candidate(case, name)["gradient"]["temp_bytes"] for name in (plain, remat)]

@@ -4,7 +4,7 @@ A request is one line of JSON with a key "do"; the reply is one line of JSON, wi
 it failed. A module in `benchmarks.workers` calls `serve` with what its library can do.
 
     describe                          -> versions, device
-    prepare   problem, case, variant  -> what compilation cost, whether the results are right
+    prepare   case, variant, path     -> what compilation cost, whether the results are right
     compile   candidate, kind         -> seconds, of doing it once more
     measure   candidate, kind, repeats, warm_up -> seconds
     release                           -> forget all candidates

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxrnn._equations import is_movable
+from jaxrnn._equations import can_run_batched
 from jaxrnn._fission import Loop, Plan
 from jaxrnn._jaxpr import (
     Atom,
@@ -33,20 +33,21 @@ from jaxrnn._jaxpr import (
     bind,
     dependents_in_time,
     dtype,
+    is_inexact,
     read,
     shape,
     variables,
 )
-from jaxrnn._passes import shifted
-from jaxrnn._placement import placed_as
 from jaxrnn._primitives import (
-    LINEAR_BY_ELEMENT,
+    LINEAR_ELEMENTWISE,
     convert_element_type_p,
     div_p,
     mul_p,
     select_n_p,
 )
 from jaxrnn._schedule import equations_for
+from jaxrnn._sharding import placed_as
+from jaxrnn._time_axis import shifted
 
 Array = jax.Array
 Env = dict[Var, Any]
@@ -83,7 +84,7 @@ class _System(NamedTuple):
         old: their variables before a step.
         new: what stands for them after it.
         equations: from `old` and from what is known to `new`.
-        moving: the variables that are affine in `old`; none if the states have to run in order.
+        affine: the variables that are affine in `old`; none if the states have to run in order.
     """
 
     program: Program
@@ -91,7 +92,7 @@ class _System(NamedTuple):
     old: tuple[Var, ...]
     new: tuple[Atom, ...]
     equations: list[Equation]
-    moving: set[Var]
+    affine: set[Var]
 
 
 class _Parts(NamedTuple):
@@ -149,7 +150,7 @@ def run_affine(
     last: dict[int, Array] = {}
     for system in parts.systems:
         first = [carry[i] for i in system.states]
-        run = _run_at_once if system.moving else _run_in_order
+        run = _run_at_once if system.affine else _run_in_order
         states = run(system, fixed, rows, first, length, reverse)
         variables_of = zip(system.states, system.old, system.new, strict=True)
         for (i, old, new), start, after in zip(variables_of, first, states, strict=True):
@@ -197,7 +198,7 @@ def _run_at_once(
 
     with jax.numpy_dtype_promotion("standard"):  # states may have several dtypes
         functions = jax.vmap(of_step)(jnp.arange(length), *(rows[v] for v in given))
-        if not system.moving.isdisjoint(variables(system.new)):
+        if not system.affine.isdisjoint(variables(system.new)):
             functions = lax.associative_scan(_composed, functions, reverse=reverse)
     states: list[Array] = functions[1]
     return states
@@ -241,13 +242,13 @@ def _where(kept: Array, value: Array) -> Array:
 
 def _coefficients(system: _System, env: Env) -> tuple[Matrix, Sums]:
     """How the new states of one step depend on the old ones, from all else that is known."""
-    moving, count = system.moving, len(system.old)
+    affine, count = system.affine, len(system.old)
     env = env | {v: _full(v, 0) for v in system.old}
     slopes = {v: {i: _Slope(_full(v, 1), _full(v, True, bool))} for i, v in enumerate(system.old)}
     for equation in system.equations:
         operands = [read(env, atom) for atom in equation.invars]
         env |= zip(equation.outvars, bind(equation, operands), strict=True)
-        if moving.isdisjoint(equation.outvars):
+        if affine.isdisjoint(equation.outvars):
             continue
         parts = [slopes.get(a, {}) if isinstance(a, Var) else {} for a in equation.invars]
         (made,) = equation.outvars
@@ -258,7 +259,7 @@ def _coefficients(system: _System, env: Env) -> tuple[Matrix, Sums]:
         }
     # Without selections each of them is kept for good, if all enter one another.
     selects = any(e.primitive is select_n_p for e in system.equations)
-    is_kept = count == 1 and not selects and not moving.isdisjoint(variables(system.new))
+    is_kept = count == 1 and not selects and not affine.isdisjoint(variables(system.new))
     sums, matrix = [], []
     for new, old in zip(system.new, system.old, strict=True):
         found = slopes.get(new, {}) if isinstance(new, Var) else {}
@@ -287,7 +288,7 @@ def _slope(
 
 def _has_floats(loop: Loop) -> bool:
     olds = loop.program.invars[len(loop.consts) :][: len(loop.carry)]
-    return any(jnp.issubdtype(dtype(v), jnp.inexact) for v in olds)
+    return any(is_inexact(v) for v in olds)
 
 
 def _parts(loop: Loop) -> _Parts:
@@ -305,36 +306,36 @@ def _parts(loop: Loop) -> _Parts:
         new = tuple(program.outvars[i] for i in states)
         equations = equations_for(program, variables(new), known)
         try:
-            moving = _moving(equations, old)
+            affine = _affine_in(equations, old)
         except NotAffineError:
-            if any(jnp.issubdtype(dtype(v), jnp.inexact) for v in old):
+            if any(is_inexact(v) for v in old):
                 raise
-            moving = set()
-        systems.append(_System(program, states, old, new, equations, moving))
+            affine = set()
+        systems.append(_System(program, states, old, new, equations, affine))
         known.update(old, variables(new))
     rest = [v for v in variables(program.outvars[carry:]) if v not in known]
     equations = equations_for(program, rest, known)
-    _check_movable(equations)
+    _check_batched(equations)
     return _Parts(systems, rest, equations)
 
 
-def _moving(equations: Sequence[Equation], old: Sequence[Var]) -> set[Var]:
+def _affine_in(equations: Sequence[Equation], old: Sequence[Var]) -> set[Var]:
     """The variables affine in `old` among those that the equations make."""
     if not all(jnp.issubdtype(dtype(v), jnp.number) for v in old):
         raise NotAffineError("a random key or a truth value is handed on from step to step")
-    _check_movable(equations)
-    moving = set(old)
+    _check_batched(equations)
+    affine = set(old)
     for equation in equations:
-        if not moving.isdisjoint(variables(equation.invars)):
-            _check(equation, moving)
-            moving.update(equation.outvars)
-    return moving
+        if not affine.isdisjoint(variables(equation.invars)):
+            _check(equation, affine)
+            affine.update(equation.outvars)
+    return affine
 
 
-def _check_movable(equations: Iterable[Equation]) -> None:
+def _check_batched(equations: Iterable[Equation]) -> None:
     """Raises a NotAffineError if one of the equations is not to be run for all steps at once."""
     for equation in equations:
-        if not is_movable(equation):
+        if not can_run_batched(equation):
             raise NotAffineError(f"{equation.primitive} is not run for many steps at once")
 
 
@@ -347,15 +348,15 @@ def _groups(program: Program, consts: int, carry: int) -> list[tuple[int, ...]]:
     return sorted(groups, key=lambda group: (sum(group[0] in found for found in reaches), group))
 
 
-def _check(equation: Equation, moving: set[Var]) -> None:
-    """Raises a NotAffineError if the results are not affine, element by element, in `moving`."""
+def _check(equation: Equation, affine: set[Var]) -> None:
+    """Raises a NotAffineError if the results are not affine, element by element, in `affine`."""
     primitive = equation.primitive
-    places = [k for k, a in enumerate(equation.invars) if isinstance(a, Var) and a in moving]
-    fits = primitive in LINEAR_BY_ELEMENT
+    places = [k for k, a in enumerate(equation.invars) if isinstance(a, Var) and a in affine]
+    fits = primitive in LINEAR_ELEMENTWISE
     if primitive is mul_p:
         fits = len(places) == 1
     elif primitive is div_p:
-        fits = places == [0] and jnp.issubdtype(dtype(equation.outvars[0]), jnp.inexact)
+        fits = places == [0] and is_inexact(equation.outvars[0])
     elif primitive is select_n_p:
         fits = 0 not in places
     elif primitive is convert_element_type_p:

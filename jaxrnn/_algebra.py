@@ -11,7 +11,7 @@ cannot. Four identities bring it forward:
 and, for a product that leaves the loop anyway and to which nothing is added there,
 `split(x @ W) = x @ split(W)`, whose results need no copy to be contiguous. (A slice of a slice of
 time, fused into the gates, keeps XLA's CPU compiler from vectorising them.) In a tangent, where it
-is the other way round, `_rejoined.py` finds what is to be split last.
+is the other way round, `_gate_sums.py` finds what is to be split last.
 
 The body is run once by an interpreter whose values may be sums, concatenations and products that
 are not computed yet; what it computes is traced to the new body.
@@ -24,9 +24,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from jaxrnn import _lazy
-from jaxrnn import _placement as placement
-from jaxrnn._equations import is_elementwise
+from jaxrnn import _deferred, _device
+from jaxrnn._equations import cut_axis, is_arithmetic, take_ranges
+from jaxrnn._gate_sums import TakenApart, rejoined
 from jaxrnn._jaxpr import (
     Atom,
     Equation,
@@ -38,6 +38,7 @@ from jaxrnn._jaxpr import (
     bind,
     dtype,
     inline,
+    is_inexact,
     shape,
     size,
     size_in_bytes,
@@ -46,7 +47,6 @@ from jaxrnn._jaxpr import (
 )
 from jaxrnn._orientation import Orientation
 from jaxrnn._passes import WIDE
-from jaxrnn._placement import explicit_sharding
 from jaxrnn._primitives import (
     add_any_p,
     add_p,
@@ -57,9 +57,9 @@ from jaxrnn._primitives import (
     split_p,
     squeeze_p,
 )
-from jaxrnn._rejoined import TakenApart, rejoined
 from jaxrnn._schedule import carry_times
-from jaxrnn._units import bind_without_units
+from jaxrnn._sharding import explicit_sharding
+from jaxrnn._singleton_axes import bind_without_units
 
 Array = Any
 
@@ -138,8 +138,8 @@ class _Rewriter:
 
     def run(self, *args: Array) -> list[Array]:
         """The body, rewritten."""
-        env: dict[Var, _lazy.Value] = {
-            v: _lazy.Value(time, arg)
+        env: dict[Var, _deferred.Value] = {
+            v: _deferred.Value(time, arg)
             for v, time, arg in zip(self.program.invars, self.in_times, args, strict=True)
         }
         for equation in self.equations:
@@ -153,29 +153,29 @@ class _Rewriter:
                 env |= zip(equation.outvars, results, strict=True)
         return [self._array(env, atom) for atom in self.program.outvars]
 
-    def _apply(self, equation: Equation, env: dict[Var, _lazy.Value]) -> list[_lazy.Value]:
+    def _apply(self, equation: Equation, env: dict[Var, _deferred.Value]) -> list[_deferred.Value]:
         rewritten = self._rewritten(equation, env)
         if rewritten is not None:
             return [
-                _lazy.Value(value.time, value.array) if value.depth > _DEEPEST else value
+                _deferred.Value(value.time, value.array) if value.depth > _DEEPEST else value
                 for value in rewritten
             ]
         time = max((env[v].time for v in variables(equation.invars)), default=-1)
         outs = bind(equation, [self._array(env, atom) for atom in equation.invars])
-        return [_lazy.Value(time, out) for out in outs]
+        return [_deferred.Value(time, out) for out in outs]
 
     def _rewritten(
-        self, equation: Equation, env: dict[Var, _lazy.Value]
-    ) -> list[_lazy.Value] | None:
+        self, equation: Equation, env: dict[Var, _deferred.Value]
+    ) -> list[_deferred.Value] | None:
         primitive = equation.primitive
         operands = [self._read(env, atom) for atom in equation.invars]
-        if primitive in (add_p, add_any_p) and _is_float(equation):
+        if primitive in (add_p, add_any_p) and is_inexact(equation.outvars[0]):
             late = operands[0].time != operands[1].time
-            if late or any(isinstance(value, _lazy.Sum) for value in operands):
-                return [_lazy.Sum(self._lone(equation, operands), equation)]
+            if late or any(isinstance(value, _deferred.Sum) for value in operands):
+                return [_deferred.Sum(self._lone(equation, operands), equation)]
         elif primitive is concatenate_p:
-            return [_lazy.Concatenation(operands, equation.params["dimension"])]
-        elif primitive in _LAYOUT or primitive is split_p():
+            return [_deferred.Concatenation(operands, equation.params["dimension"])]
+        elif primitive in _LAYOUT:
             (source,) = equation.invars
             splits = not isinstance(source, Literal) and self.only_sliced[source]
             if splits and not self._stays_whole(equation, operands[0]):
@@ -186,44 +186,46 @@ class _Rewriter:
                 return (
                     self._merged(group, env) if group[1:] else [self._product(equation, operands)]
                 )
-        elif is_elementwise(equation) and self._splits_later(equation, operands):
-            return [_lazy.Map(self._lone(equation, operands), equation)]
+        elif is_arithmetic(equation) and self._splits_later(equation, operands):
+            return [_deferred.Map(self._lone(equation, operands), equation)]
         return None
 
-    def _product(self, equation: Equation, operands: Sequence[_lazy.Value]) -> _lazy.Value:
+    def _product(self, equation: Equation, operands: Sequence[_deferred.Value]) -> _deferred.Value:
         lhs, rhs = operands
         if self.to_be_transposed and lhs.time > 0:
-            return _lazy.Value(lhs.time, _turned(equation, lhs.array, rhs.array))
+            return _deferred.Value(lhs.time, _turned(equation, lhs.array, rhs.array))
         # The gradient of a matrix of fewer columns is a slow product, see `_passes.py`.
-        return _lazy.product(lhs, rhs.array, equation, WIDE if self.to_be_transposed else 0)
+        return _deferred.product(lhs, rhs.array, equation, WIDE if self.to_be_transposed else 0)
 
-    def _lone(self, equation: Equation, operands: Sequence[_lazy.Value]) -> list[_lazy.Value]:
+    def _lone(
+        self, equation: Equation, operands: Sequence[_deferred.Value]
+    ) -> list[_deferred.Value]:
         """The operands; one that others read too is computed now, or it would be more than once."""
         return [
-            value if self._uses(atom) == 1 else _lazy.Value(value.time, value.array)
+            value if self._uses(atom) == 1 else _deferred.Value(value.time, value.array)
             for atom, value in zip(equation.invars, operands, strict=True)
         ]
 
     def _uses(self, atom: Atom) -> int:
         return 1 if isinstance(atom, Literal) else self.uses[atom]
 
-    def _splits_later(self, equation: Equation, operands: Sequence[_lazy.Value]) -> bool:
+    def _splits_later(self, equation: Equation, operands: Sequence[_deferred.Value]) -> bool:
         """Whether the split that follows `equation` had better come before it.
 
         Not if a whole product is added: then the sum is as contiguous as its parts, and one array
         of all gates is faster to compute and to keep than an array for each.
         """
         return self.only_cut[equation.outvars[0]] and any(
-            isinstance(value, _lazy.Map)
+            isinstance(value, _deferred.Map)
             or (
-                isinstance(value, _lazy.Sum)
+                isinstance(value, _deferred.Sum)
                 and value.parts[0].time <= 0 < value.time
-                and not isinstance(value.parts[-1], _lazy.Product)
+                and not isinstance(value.parts[-1], _deferred.Product)
             )
             for value in self._lone(equation, operands)
         )
 
-    def _stays_whole(self, equation: Equation, value: _lazy.Value) -> bool:
+    def _stays_whole(self, equation: Equation, value: _deferred.Value) -> bool:
         """Whether a sum is better computed before it is split by `equation`.
 
         In a tangent the early part of the sum is a row per step that the transpose has to write:
@@ -231,16 +233,18 @@ class _Rewriter:
         """
         return (
             self.to_be_transposed
-            and isinstance(value, _lazy.Sum)
+            and isinstance(value, _deferred.Sum)
             and self.gets_more.isdisjoint(equation.outvars)
         )
 
-    def _merged(self, group: Sequence[Equation], env: dict[Var, _lazy.Value]) -> list[_lazy.Value]:
+    def _merged(
+        self, group: Sequence[Equation], env: dict[Var, _deferred.Value]
+    ) -> list[_deferred.Value]:
         """The product of one state with all its weights; fills `env` for the later ones."""
         first = group[0]
         weights = [self._read(env, e.invars[1]).array for e in group]
         axis = 1 - first.params["dimension_numbers"][0][1][0]
-        whole = _lazy.product(
+        whole = _deferred.product(
             self._read(env, first.invars[0]), lax.concatenate(weights, axis), first
         )
         sizes = [w.shape[axis] for w in weights]
@@ -252,21 +256,23 @@ class _Rewriter:
         return parts[:1]
 
     def _fill_rejoined(
-        self, apart: TakenApart, equation: Equation, env: dict[Var, _lazy.Value]
+        self, apart: TakenApart, equation: Equation, env: dict[Var, _deferred.Value]
     ) -> None:
         """Adds arrays and takes the sum apart."""
-        total = _lazy.Sum([env[v] for v in apart.terms], equation)
-        parts = _lazy.ranges(total.array, apart.cuts, total.array.ndim - 1)
-        env |= {v: _lazy.Value(total.time, part) for v, part in zip(apart.outs, parts, strict=True)}
+        total = _deferred.Sum([env[v] for v in apart.terms], equation)
+        parts = take_ranges(total.array, apart.cuts, total.array.ndim - 1)
+        env |= {
+            v: _deferred.Value(total.time, part) for v, part in zip(apart.outs, parts, strict=True)
+        }
 
-    def _read(self, env: dict[Var, _lazy.Value], atom: Atom) -> _lazy.Value:
+    def _read(self, env: dict[Var, _deferred.Value], atom: Atom) -> _deferred.Value:
         return (
-            _lazy.Value(-1, jnp.asarray(atom.val, dtype(atom)))
+            _deferred.Value(-1, jnp.asarray(atom.val, dtype(atom)))
             if isinstance(atom, Literal)
             else env[atom]
         )
 
-    def _array(self, env: dict[Var, _lazy.Value], atom: Atom) -> Any:
+    def _array(self, env: dict[Var, _deferred.Value], atom: Atom) -> Any:
         return atom.val if isinstance(atom, Literal) else env[atom].array
 
     def _groups(self) -> dict[int, list[Equation]]:
@@ -293,7 +299,7 @@ class _Rewriter:
             a for a in self.program.outvars if not isinstance(a, Literal)
         )
         for equation in self.equations:
-            layout = equation.primitive in _LAYOUT or equation.primitive is split_p()
+            layout = equation.primitive in _LAYOUT
             for v in variables(equation.invars):
                 if layout:
                     parts[v] += sum(size_in_bytes(out) for out in equation.outvars)
@@ -308,9 +314,9 @@ class _Rewriter:
         only: dict[Var, bool] = defaultdict(bool)
         for equation in reversed(self.equations):
             for v in variables(equation.invars):
-                if _lazy.cut_axis(equation) is not None:
+                if cut_axis(equation) is not None:
                     only[v] = self.only_sliced[v] and (v not in only or only[v])
-                elif self.uses[v] == 1 and is_elementwise(equation):
+                elif self.uses[v] == 1 and is_arithmetic(equation):
                     (out,) = equation.outvars
                     only[v] = only[out] and shape(v) == shape(out)
                 else:
@@ -321,7 +327,7 @@ class _Rewriter:
         return -1 if isinstance(atom, Literal) else self.times[atom]
 
 
-_LAYOUT = frozenset({reshape_p, slice_p, squeeze_p})
+_LAYOUT = frozenset({reshape_p, slice_p, split_p, squeeze_p})
 
 
 def _products_once(to_be_transposed: bool) -> Callable[[Equation, Sequence[Any]], list[Any]]:
@@ -353,13 +359,9 @@ def _turned(equation: Equation, lhs: Array, rhs: Array) -> Array:
     (contract_lhs, (axis,)), batch = params.pop("dimension_numbers")
     dimensions = ((contract_lhs, (1 - axis,)), batch)
     with at(equation):
-        if placement.gpu() is not None and lhs.size == rhs.shape[axis]:
+        if _device.gpu() is not None and lhs.size == rhs.shape[axis]:
             return lax.dot_general(lhs, rhs, equation.params["dimension_numbers"], **params)
         return lax.dot_general(lhs, rhs.T, dimensions, **params)
-
-
-def _is_float(equation: Equation) -> bool:
-    return bool(jnp.issubdtype(dtype(equation.outvars[0]), jnp.inexact))
 
 
 def _is_matrix_product(equation: Equation) -> bool:

@@ -1,7 +1,7 @@
 """Runs a plan over blocks of time: each pass at once, each loop when its turn comes."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -9,15 +9,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxrnn._affine import run_affine
-from jaxrnn._columns import MisfitError
-from jaxrnn._early import carried
-from jaxrnn._fission import How, Loop, Plan
+from jaxrnn._carried_shifts import carried
+from jaxrnn._fission import Loop, LoopMethod, Plan
 from jaxrnn._fused import run_fused
-from jaxrnn._jaxpr import Atom, Literal, Program, read, variables
-from jaxrnn._kernel import recipe
-from jaxrnn._passes import run_rows, time_first, time_on
-from jaxrnn._placement import empty_rows
+from jaxrnn._jaxpr import Atom, Literal, Program, Var, read, variables
+from jaxrnn._kernel import plan_kernel
+from jaxrnn._passes import run_rows
 from jaxrnn._rows import InPlace, Writer, block_of, given_rows, one_row
+from jaxrnn._sharding import empty_rows
+from jaxrnn._split_gates import KernelMisfitError
+from jaxrnn._time_axis import time_first, time_on
 
 Array = jax.Array
 PyTree = Any
@@ -31,7 +32,7 @@ class Steps(NamedTuple):
         length: as for `lax.scan`, like the next two.
         reverse: whether from the last step to the first.
         unroll: steps per iteration.
-        how: in what way recurrences are run, as a kernel those that fit.
+        loop_method: how recurrences are run, as a kernel those that fit.
         whole_tangent: whether a tangent is one block where its results are several.
         adapts: whether blocks may have other lengths than the one that is told for all.
         over_states: timesteps per block of a tangent whose passes go over rows like the states.
@@ -41,7 +42,7 @@ class Steps(NamedTuple):
     length: int
     reverse: bool
     unroll: int | bool
-    how: How = "sequential"
+    loop_method: LoopMethod = "sequential"
     whole_tangent: bool = False
     adapts: bool = False
     over_states: int = 0
@@ -114,7 +115,7 @@ def run_block(
         if program.outvars:
             in_time = [times[v] != -1 for v in program.invars]
             given = [env[v] for v in program.invars]
-            made = run_rows(program, in_time, steps.length, plan.kind, plan.accumulated, *given)
+            made = run_rows(program, in_time, steps.length, plan.purpose, plan.accumulated, *given)
             env |= zip(program.outvars, made, strict=True)
         if loop is not None:
             last, ys = run_loop(
@@ -171,8 +172,7 @@ def run_plain(
     """
 
     def step(carry: list[Array], x: list[Array]) -> tuple[list[Array], list[Array]]:
-        outs = program.run(*consts, *carry, *x)
-        return outs[: len(carry)], outs[len(carry) :]
+        return program.step(consts, carry, x)
 
     return steps.scan(step, list(carry), list(xs))
 
@@ -338,7 +338,7 @@ def _run_loop(
     steps: Steps,
 ) -> tuple[list[Array], list[Array]]:
     """Runs a loop, each step of which writes its rows if it runs step by step."""
-    if (done := _run_otherwise(loop, consts, carry, xs, steps)) is not None:
+    if (done := run_otherwise(loop, consts, carry, xs, steps)) is not None:
         return done
     state, of_rows = carried(loop.program, consts, carry)
 
@@ -349,15 +349,27 @@ def _run_loop(
     return state[: len(carry)], ys
 
 
-def _run_otherwise(
-    loop: Loop, consts: list[Array], carry: list[Array], xs: list[Array], steps: Steps
+def run_otherwise(
+    loop: Loop,
+    consts: list[Array],
+    carry: list[Array],
+    xs: list[Array],
+    steps: Steps,
+    linear: Set[Var] = frozenset(),
 ) -> tuple[list[Array], list[Array]] | None:
-    """Runs a loop not step by step: in parallel, or as one kernel if it fits."""
-    way = (steps.length, steps.reverse)
-    if steps.how == "parallel":
-        return run_affine(loop, consts, carry, xs, *way)
-    try:
-        fits = steps.how == "fused" and recipe(loop.program, len(loop.consts), len(loop.carry))
-    except MisfitError:
+    """Runs a loop not step by step: in parallel, or as one kernel if it fits.
+
+    Of a tangent the transpose, by the variables that it is `linear` in, has to fit as well.
+    """
+    if steps.loop_method == "parallel":
+        return run_affine(loop, consts, carry, xs, steps.length, steps.reverse)
+    if steps.loop_method != "fused" or not linear.isdisjoint(loop.consts):
         return None
-    return run_fused(fits, consts, carry, xs, *way) if fits else None
+    tangents = frozenset(i for i, v in enumerate(loop.xs) if v in linear)
+    try:
+        plan = plan_kernel(loop.program, len(loop.consts), len(loop.carry))
+        if linear:
+            plan.kernel.transposed(plan.columns_of(tangents))
+    except KernelMisfitError:
+        return None
+    return run_fused(plan, consts, carry, xs, steps.length, steps.reverse, tangents)

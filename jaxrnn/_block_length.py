@@ -5,10 +5,10 @@ from collections.abc import Iterable
 
 import jax
 
-from jaxrnn import _placement as placement
+from jaxrnn import _device
 from jaxrnn._block import Steps
 from jaxrnn._equations import hides_product, is_free, is_transcendental, multiply_adds
-from jaxrnn._fission import How, Plan, shrinks
+from jaxrnn._fission import LoopMethod, Plan, shrinks
 from jaxrnn._gains import wants_the_cache
 from jaxrnn._jaxpr import Atom, Var, shape, size, size_in_bytes, variables
 from jaxrnn._kernel import SAMPLES
@@ -21,7 +21,7 @@ def steps_of(
     unroll: int | bool,
     chunk: int | str | None,
     plan: Plan,
-    how: How,
+    loop_method: LoopMethod,
 ) -> Steps:
     """How the steps are run through.
 
@@ -30,14 +30,14 @@ def steps_of(
     than a block makes, so that blocks save it no memory worth the time; unless a kernel would have
     to fill up much that is kept, to the number of samples that it works on.
     """
-    on_gpu = placement.gpu() is not None
-    is_filled_up = how == "fused" and time * _filled_up(plan) > 1 << 30
+    on_gpu = _device.gpu() is not None
+    is_filled_up = loop_method == "fused" and time * _filled_up(plan) > 1 << 30
     whole = on_gpu and chunk == "auto" and not is_filled_up
     if on_gpu and unroll is not True and unroll <= 1:
         unroll = max(1, min(8, 512 // max(len(plan.body.equations), 1)))
-    over_states = block_length(chunk, False, time, plan, how, over_states=True)
-    adapts = chunk == "auto" and not on_gpu and how != "parallel"
-    return Steps(time, reverse, unroll, how, whole, adapts, over_states)
+    over_states = block_length(chunk, False, time, plan, loop_method, over_states=True)
+    adapts = chunk == "auto" and not on_gpu and loop_method != "parallel"
+    return Steps(time, reverse, unroll, loop_method, whole, adapts, over_states)
 
 
 def block_length(
@@ -45,7 +45,7 @@ def block_length(
     remat: bool,
     time: int,
     plan: Plan | None,
-    how: How = "sequential",
+    loop_method: LoopMethod = "sequential",
     over_states: bool = False,
 ) -> int:
     """Timesteps per block, of results and gradients unless these have reasons of their own.
@@ -62,14 +62,14 @@ def block_length(
     assert plan is not None
     # Of what a pass makes on its way a part counts, or scratch memory would grow with the sequence.
     per_step = max(_bytes_of_passes(plan), _bytes_made(plan) // 4)
-    if over_states or how == "parallel" or placement.gpu() is not None:
+    if over_states or loop_method == "parallel" or _device.gpu() is not None:
         # That counts where these are more than the passes make, as with a matrix for a state.
         per_step += 2 * max(bytes_of_states(plan) - per_step, 0)
     devices = jax.device_count()
     per_step //= devices  # as if split over all
-    if placement.gpu() is not None:
+    if _device.gpu() is not None:
         # Each block costs launches, and nothing is gained by staying in the cache.
-        per_step = max(per_step, _filled_up(plan) if how == "fused" else 0)
+        per_step = max(per_step, _filled_up(plan) if loop_method == "fused" else 0)
         return _near_divisor(time, max(64, (256 << 20) // max(per_step, 1)))
     # Over several devices each block costs a reduction, too.
     least, whole = (4, 0) if devices == 1 else (8, 6 << 20)
@@ -80,7 +80,11 @@ def block_length(
 
 
 def recomputed_block(
-    plan: Plan, time: int, chunk: int | str | None, remat: bool, how: How = "sequential"
+    plan: Plan,
+    time: int,
+    chunk: int | str | None,
+    remat: bool,
+    loop_method: LoopMethod = "sequential",
 ) -> int:
     """Timesteps per block of a gradient that runs the steps of each block again unasked, or 0.
 
@@ -92,7 +96,7 @@ def recomputed_block(
     with 16 MiB in all 0.75 to 0.9 times, with 2 MiB at each step 0.75 to 0.97 times. Nor did it pay
     where a step takes an exponential of each number of its state, or transposes them.
     """
-    if remat or how != "sequential" or chunk != "auto" or not placement.is_lone_cpu():
+    if remat or loop_method != "sequential" or chunk != "auto" or not _device.is_lone_cpu():
         return 0
     if any(map(hides_product, plan.in_loops)):
         return 0
@@ -116,7 +120,7 @@ def reads_in_place(steps: Steps) -> bool:
 
     On a GPU a tangent is one block as a rule, and every product in a loop a kernel to start.
     """
-    return placement.gpu() is None and steps.how == "sequential"
+    return _device.gpu() is None and steps.loop_method == "sequential"
 
 
 def results_block(plan: Plan, steps: Steps, block: int) -> int:

@@ -3,9 +3,8 @@
 from jaxrnn._equations import calls
 from jaxrnn._jaxpr import Equation, inner_equations, shape
 from jaxrnn._primitives import (
-    BY_ELEMENT,
+    ELEMENTWISE,
     REDUCTIONS,
-    TRANSCENDENTAL,
     broadcast_in_dim_p,
     concatenate_p,
     dot_general_p,
@@ -27,7 +26,7 @@ def keeps_first_axis(equation: Equation) -> bool:
         return params["permutation"][0] == 0
     if primitive is concatenate_p:
         return params["dimension"] > 0
-    if primitive is split_p():
+    if primitive is split_p:
         return params["axis"] > 0
     if primitive in (reshape_p, slice_p):
         return shape(equation.outvars[0])[:1] == shape(equation.invars[0])[:1]
@@ -55,5 +54,5 @@ def is_by_sample(equation: Equation, operand: int) -> bool:
         inner = inner_equations(equation)
         keeps = all(is_by_sample(e, i) for e in inner for i, a in enumerate(e.invars) if shape(a))
     else:
-        keeps = primitive in BY_ELEMENT | TRANSCENDENTAL or keeps_first_axis(equation)
+        keeps = primitive in ELEMENTWISE or keeps_first_axis(equation)
     return keeps

@@ -4,9 +4,8 @@ import importlib.util
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from jaxrnn import _placement as placement
+from jaxrnn import _device
 from jaxrnn._block_length import (
     are_memories,
     blocks_of_threads,
@@ -16,13 +15,13 @@ from jaxrnn._block_length import (
     recomputed_block,
 )
 from jaxrnn._checkpoints import not_to_be_kept
-from jaxrnn._columns import MisfitError
-from jaxrnn._equations import is_free, is_heavy, is_movable, multiply_adds
-from jaxrnn._fission import Kind, Plan
+from jaxrnn._equations import can_run_batched, is_free, is_heavy, multiply_adds
+from jaxrnn._fission import Plan, Purpose
 from jaxrnn._gains import has_one_row
-from jaxrnn._jaxpr import dtype, shape, size
-from jaxrnn._kernel import recipe
+from jaxrnn._jaxpr import is_inexact, shape, size
+from jaxrnn._kernel import plan_kernel
 from jaxrnn._primitives import FACTORISATIONS, WRITES, lu_p, sort_p
+from jaxrnn._split_gates import KernelMisfitError
 
 
 def why_not_worthwhile(plan: Plan, time: int, chunk: int | str | None) -> str | None:
@@ -40,7 +39,7 @@ def why_not_worthwhile(plan: Plan, time: int, chunk: int | str | None) -> str | 
     """
     if time == 1:
         return "one step has nothing to share with others"
-    if placement.gpu() is not None:
+    if _device.gpu() is not None:
         return None
     equations = plan.body.equations
     leaves = sum(map(multiply_adds, plan.in_passes))
@@ -49,8 +48,8 @@ def why_not_worthwhile(plan: Plan, time: int, chunk: int | str | None) -> str | 
     is_large = caches >= 1 << 18 and leaves < caches
     factorised = [e.invars[0] for e in equations if e.primitive in FACTORISATIONS - {lu_p}]
     ordered = [e.invars[0] for e in equations if e.primitive is sort_p]
-    numbers = sum(size(v) for v in ordered if jnp.issubdtype(dtype(v), jnp.inexact))
-    heavy = [e for e in equations if is_heavy(e) and is_movable(e)]
+    numbers = sum(size(v) for v in ordered if is_inexact(v))
+    heavy = [e for e in equations if is_heavy(e) and can_run_batched(e)]
     products = list(filter(multiply_adds, heavy))
     are_small = len(products) == len(heavy) and sum(map(multiply_adds, products)) < 2048
     reasons = {
@@ -93,7 +92,7 @@ def kernels_pay(method: str) -> bool:
     """
     if method == "fused":
         return True
-    device = placement.gpu() if method == "auto" and jax.device_count() == 1 else None
+    device = _device.gpu() if method == "auto" and jax.device_count() == 1 else None
     if device is None or device.compute_capability != "9.0":
         return False
     return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
@@ -107,23 +106,26 @@ def fits_kernel(plan: Plan, method: str) -> bool:
     """
     if not kernels_pay(method):
         return False
-    if method != "fused" and blocks_of_threads(plan) > placement.gpu().core_count:
+    if method != "fused" and blocks_of_threads(plan) > _device.gpu().core_count:
         return False  # they would not run all at once
     try:
         for loop in plan.loops:
-            recipe(loop.program, len(loop.consts), len(loop.carry))
-    except MisfitError as error:
+            plan_kernel(loop.program, len(loop.consts), len(loop.carry))
+    except KernelMisfitError as error:
         if method != "fused":
             return False
-        raise ValueError(f"method='fused': the recurrence fits no kernel: {error}.") from None
+        raise ValueError(
+            f"method='fused': the recurrence cannot run as one kernel: {error}. "
+            "Use method='auto' or 'sequential'."
+        ) from None
     return bool(plan.loops)
 
 
-def samples_last(
+def samples_last_pay(
     samples: Any,
     weights: int,
     has_gates: bool,
-    kind: Kind,
+    purpose: Purpose,
     is_even: bool,
     has_pass: bool,
 ) -> bool:
@@ -144,20 +146,20 @@ def samples_last(
         samples: their number, or what stands for it.
         weights: the bytes of the matrices in the loop.
         has_gates: whether a product makes more than a state has units.
-        kind: whose loop it is.
+        purpose: what the loop is for.
         is_even: whether arrays are held as rows and not as transposes, see `Form`.
         has_pass: whether the loop had otherwise passes beside it, with work for all cores.
     """
-    if not placement.is_lone_cpu() or placement.has_wide_vectors():
+    if not _device.is_lone_cpu() or _device.has_wide_vectors():
         return False
-    least = 8 if is_even and kind != "results" else 32
+    least = 8 if is_even and purpose != "results" else 32
     if not isinstance(samples, int) or samples % 8 or not least <= samples <= 64:
         return False
-    if kind == "tangent":
+    if purpose == "tangent":
         return is_even and weights >= 2 << 20
     if not has_gates:
         return weights >= 2 << 20
     is_soon = is_even and samples > 8 and not has_pass
-    if is_soon and (kind == "keeps" or weights < 1 << 19):
+    if is_soon and (purpose == "residuals" or weights < 1 << 19):
         return weights >= 1 << 18
     return weights >= 7 << 17

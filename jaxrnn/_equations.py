@@ -1,16 +1,17 @@
 """What is known of an equation: what it computes, what it costs, what it hides."""
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxrnn._jaxpr import SPELLED_OUT, Equation, dtype, inner_equations, length, shape, size
-from jaxrnn._placement import is_split
 from jaxrnn._primitives import (
-    ELEMENTWISE,
+    ARITHMETIC,
     FREE,
     HEAVY,
     INLINED,
@@ -23,9 +24,11 @@ from jaxrnn._primitives import (
     TRANSCENDENTAL,
     conv_general_dilated_p,
     dot_general_p,
-    key_data_p,
+    key_conversions,
+    slice_p,
     split_p,
 )
+from jaxrnn._sharding import is_split
 
 
 def with_inner(equations: Iterable[Equation]) -> Iterator[Equation]:
@@ -38,7 +41,8 @@ def with_inner(equations: Iterable[Equation]) -> Iterator[Equation]:
 def is_heavy(equation: Equation) -> bool:
     """Whether `equation` earns a pass of its own over a block of time: it holds a product.
 
-    A gather counts, because its transpose is a scatter into the whole table, and so do random bits.
+    So do convolutions, factorisations, Fourier transforms, inner loops and random bits; a gather,
+    because its transpose is a scatter into the whole table.
     """
     return any(e.primitive in HEAVY for e in with_inner([equation]))
 
@@ -67,7 +71,7 @@ def product_options(equation: Equation, *, swapped: bool) -> dict[str, Any]:
     return options
 
 
-def is_movable(equation: Equation) -> bool:
+def can_run_batched(equation: Equation) -> bool:
     """Whether many steps of `equation` may be run at once, by `vmap`.
 
     Under `vmap` a branch becomes a selection and a `while` runs until the last one is done: both
@@ -82,19 +86,18 @@ def is_movable(equation: Equation) -> bool:
         return False
     if equation.primitive is conv_general_dilated_p and is_split(equation):
         return False
-    known = equation.primitive in LISTED | SPELLED_OUT.keys() | key_data_p() | {split_p()}
-    return known and all(map(is_movable, inner_equations(equation)))
+    known = equation.primitive in LISTED | SPELLED_OUT.keys() | key_conversions() | {split_p}
+    return known and all(map(can_run_batched, inner_equations(equation)))
 
 
 def is_free(equation: Equation) -> bool:
     """Whether `equation` only arranges data: cheaper to repeat than to carry what it makes."""
-    primitive = equation.primitive
-    return primitive in FREE or primitive in key_data_p() or primitive is split_p()
+    return equation.primitive in FREE | key_conversions()
 
 
-def is_elementwise(equation: Equation) -> bool:
-    """Whether `equation` works on each element by itself."""
-    return equation.primitive in ELEMENTWISE
+def is_arithmetic(equation: Equation) -> bool:
+    """Whether `equation` is what gates are made of: arithmetic, or an activation function."""
+    return equation.primitive in ARITHMETIC
 
 
 def is_transcendental(equation: Equation) -> bool:
@@ -107,7 +110,7 @@ def is_linear(equation: Equation) -> bool:
 
     For a selection this leaves the predicate out: it has no derivative.
     """
-    return equation.primitive in LINEAR or equation.primitive is split_p()
+    return equation.primitive in LINEAR
 
 
 def slope_by_output(equation: Equation) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
@@ -124,6 +127,43 @@ def is_of_another_width(equation: Equation) -> bool:
         and dtype(a).itemsize > allowed * (1 + jnp.issubdtype(dtype(a), jnp.complexfloating))
         for a in (*equation.invars, *equation.outvars)
     )
+
+
+def column_ranges(equation: Equation) -> list[tuple[int, int]] | None:
+    """The ranges of the last axis that a slice or split takes, if it cuts no other axis."""
+    axis, params = cut_axis(equation), equation.params
+    if axis is None or axis != len(shape(equation.invars[0])) - 1:
+        return None
+    if equation.primitive is slice_p:
+        return [(params["start_indices"][axis], params["limit_indices"][axis])]
+    stops = list(itertools.accumulate(params["sizes"]))
+    return list(zip([0, *stops[:-1]], stops, strict=True))
+
+
+def cut_axis(equation: Equation) -> int | None:
+    """The axis of which a slice or split takes ranges, if it cuts no other axis.
+
+    The last one, if a slice takes everything.
+    """
+    params = equation.params
+    if equation.primitive is split_p:
+        return int(params["axis"])
+    if equation.primitive is not slice_p or not set(params["strides"] or ()) <= {1}:
+        return None
+    whole = shape(equation.invars[0])
+    ends = zip(params["start_indices"], params["limit_indices"], strict=True)
+    cut = [axis for axis, end in enumerate(ends) if end != (0, whole[axis])]
+    if not whole or len(cut) > 1:
+        return None
+    return cut[0] if cut else len(whole) - 1
+
+
+def take_ranges(array: jax.Array, cuts: Sequence[tuple[int, int]], axis: int) -> list[jax.Array]:
+    """Ranges of an axis; by one split if possible, whose transpose is one concatenation."""
+    stops = [stop for _, stop in cuts]
+    if [0, *stops[:-1]] == [start for start, _ in cuts] and stops[-1] == array.shape[axis]:
+        return list(lax.split(array, [stop - start for start, stop in cuts], axis))
+    return [lax.slice_in_dim(array, start, stop, axis=axis) for start, stop in cuts]
 
 
 def calls(equation: Equation) -> bool:

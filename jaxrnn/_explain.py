@@ -11,30 +11,28 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxrnn import _jaxpr, _rnn
-from jaxrnn import _placement as placement
+from jaxrnn import _device, _jaxpr, _rnn
 from jaxrnn._arguments import Operands, Step
 from jaxrnn._block import Axes, run_plain
-from jaxrnn._block_length import block_length, results_block, steps_of
+from jaxrnn._block_length import block_length, results_block
 from jaxrnn._checkpoints import not_to_be_kept
 from jaxrnn._equations import multiply_adds
-from jaxrnn._gains import only_for_gradients
+from jaxrnn._invariant_carry import Body, without_unchanged
 from jaxrnn._jaxpr import Equation, Program, Traced
 from jaxrnn._options import ScanOptions, as_int, engine_options, time_of
-from jaxrnn._passes import time_first, time_on
 from jaxrnn._primitives import cond_p, scan_p
 from jaxrnn._recurrence import run_split
-from jaxrnn._samples_last import in_one_loop
+from jaxrnn._samples_last import with_samples_last
 from jaxrnn._scan import (
+    Blocking,
     Split,
-    Way,
+    decide,
     has_effects,
     scan,
     split_body,
     trace_body,
-    way_of_gradient,
 )
-from jaxrnn._unchanged import Body, without_unchanged
+from jaxrnn._time_axis import time_first, time_on
 
 Array = jax.Array
 PyTree = Any
@@ -147,7 +145,7 @@ def _arguments_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Bo
 
 
 def _report(body: Body, init: PyTree, xs: PyTree, options: ScanOptions) -> list[str]:
-    time, reverse, unroll, chunk, remat, method = options
+    time, _, _, chunk, remat, method = options
     if not isinstance(time, int):
         return _plain(time, "", "the time axis is symbolic")
     if not time:
@@ -161,24 +159,23 @@ def _report(body: Body, init: PyTree, xs: PyTree, options: ScanOptions) -> list[
         if remat and not has_effects(body, init, xs):
             blocks = f", in blocks of {block_length(chunk, remat, time, None)} (rematerialised)"
         return _plain(time, blocks, str(split))
-    block = block_length(chunk, remat, time, split.plan, split.how)
-    steps = steps_of(time, reverse, unroll, chunk, split.plan, split.how)
+    decision = decide(split, options)
+    (steps, block, _), blocking = decision.results, decision.gradient
     results = None if remat else results_block(split.plan, steps, block)
-    way = way_of_gradient(split, Way(steps, block, remat), chunk)
-    again = way.remat and not remat
-    block = way.block
-    kept = " (rematerialised)" if way.remat else ""
-    lines = [f'method "{split.how}" over {time} steps, in blocks of {block}{kept}']
-    if not way.remat and not_to_be_kept(split.plan.body):
-        lines.append("for gradients; what is under a checkpoint is made again")
-    if results and in_one_loop(split.plan, steps) is not None:
-        lines.append("for gradients; results come from one loop, with the samples on the last axis")
-    elif results and only_for_gradients(split.plan, time, chunk, False, method):
-        lines.append("for gradients; results alone come from plain lax.scan, just as soon")
-    elif results and (again or results != block):
-        lines.append(f"for gradients; results in blocks of {results}")
-    where = _WHERE[split.how]
-    if split.how == "fused" and placement.gpu() is None:
+    kept = " (rematerialised)" if blocking.remat else ""
+    lines = [f'method "{split.loop_method}" over {time} steps, in blocks of {blocking.block}{kept}']
+    if not blocking.remat and not_to_be_kept(split.plan.body):
+        lines.append("for gradients what is under a checkpoint is recomputed")
+    if results and with_samples_last(split.plan, steps) is not None:
+        lines.append(
+            "for gradients; without one a single loop runs, with the samples on the last axis"
+        )
+    elif results and decision.is_plain:
+        lines.append("for gradients; without one plain lax.scan runs, which is as fast")
+    elif results and (blocking.remat or results != block):
+        lines.append(f"for gradients; without one in blocks of {results}")
+    where = _WHERE[split.loop_method]
+    if split.loop_method == "fused" and _device.gpu() is None:
         where = "step by step (on an NVIDIA GPU as one kernel)"
     lines += _section("once, from parameters alone", split.plan.invariant)
     for i, stage in enumerate(split.plan.stages):
@@ -186,7 +183,7 @@ def _report(body: Body, init: PyTree, xs: PyTree, options: ScanOptions) -> list[
         lines += _section(f"per block of time: {when}", stage.program)
         if stage.loop is not None:
             lines += _section(f"{where}: recurrence", stage.loop.program)
-    return [*lines, "", *_figures(found[0], split, xs, way)]
+    return [*lines, "", *_figures(found[0], split, xs, blocking)]
 
 
 def _plain(time: Any, blocks: str, why: str) -> list[str]:
@@ -207,7 +204,7 @@ def _section(title: str, program: Program) -> list[str]:
     return lines + _wrap(f"{name}{_times(n)}" for name, n in others.items())
 
 
-def _figures(traced: Traced, split: Split, xs: PyTree, way: Way) -> list[str]:
+def _figures(traced: Traced, split: Split, xs: PyTree, blocking: Blocking) -> list[str]:
     before = _work(traced.program.equations)
     inside, outside = _work(split.plan.in_loops), _work(split.plan.in_passes)
     lines = [
@@ -216,13 +213,13 @@ def _figures(traced: Traced, split: Split, xs: PyTree, way: Way) -> list[str]:
     ]
     rows = jax.tree.leaves(xs)
     try:
-        theirs = _kept_plainly(traced, split, rows, way)
+        theirs = _kept_plainly(traced, split, rows, blocking)
     except Exception as error:  # whatever an operation without a derivative raises
         why, *_ = str(error).splitlines() or [type(error).__name__]
         return lines + textwrap.wrap(f"no gradient: {why}", _WIDTH)
     return [
         *lines,
-        f"kept for the gradient     {_mebibytes(_kept(split, rows, way)):>14}",
+        f"kept for the gradient     {_mebibytes(_kept(split, rows, blocking)):>14}",
         f"  plain lax.scan          {_mebibytes(theirs):>14}",
     ]
 
@@ -240,35 +237,35 @@ def _work_of(equation: Equation) -> int:
     return multiply_adds(equation) + repeated * sum(inside)
 
 
-def _kept(split: Split, rows: list[Array], way: Way) -> int:
+def _kept(split: Split, rows: list[Array], blocking: Blocking) -> int:
     """The bytes that the backward pass keeps beside the arguments."""
 
     def ours(consts: Sequence[Array], carry: list[Array], rows: list[Array]) -> PyTree:
         ys = len(split.plan.body.outvars) - len(carry)
-        return run_split(split.plan, consts, carry, rows, Axes.first(len(rows), ys), *way)
+        return run_split(split.plan, consts, carry, rows, Axes.first(len(rows), ys), *blocking)
 
     return _residual_bytes(ours, split.consts, split.carry, rows)
 
 
-def _kept_plainly(traced: Traced, split: Split, rows: list[Array], way: Way) -> int:
+def _kept_plainly(traced: Traced, split: Split, rows: list[Array], blocking: Blocking) -> int:
     """The same with plain `lax.scan`."""
 
     def theirs(consts: Sequence[Array], carry: list[Array], rows: list[Array]) -> PyTree:
-        return run_plain(traced.program, consts, carry, rows, way.steps)
+        return run_plain(traced.program, consts, carry, rows, blocking.steps)
 
     return _residual_bytes(theirs, traced.consts, split.carry, rows)
 
 
 def _residual_bytes(f: Callable[..., PyTree], *groups: Sequence[Array]) -> int:
     args, structure = jax.tree.flatten([list(group) for group in groups])
-    moving = [i for i, x in enumerate(args) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    inexact = [i for i, x in enumerate(args) if jnp.issubdtype(x.dtype, jnp.inexact)]
 
     def flat(*args: Array) -> PyTree:
         return f(*jax.tree.unflatten(structure, args))
 
     def residuals(*args: Array) -> list[Array]:
-        of_moving = _jaxpr.as_function_of(moving, flat, args)
-        return jax.tree.leaves(jax.vjp(of_moving, *(args[i] for i in moving))[1])
+        of_inexact = _jaxpr.as_function_of(inexact, flat, args)
+        return jax.tree.leaves(jax.vjp(of_inexact, *(args[i] for i in inexact))[1])
 
     program = _jaxpr.trace(residuals, *args).program
     kept = set(_jaxpr.variables(program.outvars)) - set(program.invars)

@@ -14,24 +14,24 @@ import typing
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from jaxrnn._anew import has_backward_rule
 from jaxrnn._equations import (
-    is_elementwise,
+    can_run_batched,
+    is_arithmetic,
     is_free,
     is_heavy,
-    is_movable,
     is_transcendental,
     multiply_adds,
 )
-from jaxrnn._form import Form
+from jaxrnn._every_step import has_backward_rule
 from jaxrnn._jaxpr import Atom, Equation, Literal, Program, Var, size, size_in_bytes, variables
 from jaxrnn._primitives import SUMS
-from jaxrnn._schedule import coefficients, feeds_carries, is_a_loop, moves, schedule
+from jaxrnn._samples_last_form import Form
+from jaxrnn._schedule import coefficients, earns_a_pass, feeds_carries, is_a_loop, schedule
 
 # What a body makes: results alone, results and what a tangent needs, or a tangent.
-Kind = typing.Literal["results", "keeps", "tangent"]
+Purpose = typing.Literal["results", "residuals", "tangent"]
 # How recurrences are run: step by step, as one kernel each, or all steps of a block at once.
-How = typing.Literal["sequential", "fused", "parallel"]
+LoopMethod = typing.Literal["sequential", "fused", "parallel"]
 
 
 class Loop(NamedTuple):
@@ -73,7 +73,7 @@ class Plan(NamedTuple):
         unread: carries that no step reads and no loop runs: only their last value counts.
         tail: the last values of `unread`, from the last rows of a block.
         times: the time of every variable.
-        kind: what the body is for.
+        purpose: what the body is for.
         accumulated: what depends on the consts whose cotangents are added up over time.
     """
 
@@ -85,7 +85,7 @@ class Plan(NamedTuple):
     unread: tuple[int, ...]
     tail: Program
     times: dict[Var, int]
-    kind: Kind
+    purpose: Purpose
     accumulated: frozenset[Var]
 
     @property
@@ -113,7 +113,7 @@ def fission(
     body: Program,
     consts: int,
     carry: int,
-    kind: Kind = "results",
+    purpose: Purpose = "results",
     accumulated: frozenset[Var] = frozenset(),
     in_place: bool = False,
 ) -> Plan:
@@ -123,7 +123,7 @@ def fission(
         body: `(consts, carry, x) -> (carry, y)`, everything flat, without effects.
         consts: number of consts.
         carry: number of carries.
-        kind: what it is for. In a tangent exponentials and the like, of what is known before a
+        purpose: what it is for. In a tangent exponentials and the like, of what is known before a
             loop, leave it as well unless it holds a product. They stand beside shifts and sums,
             into whose transposes XLA would copy them one by one. With a product only sines and the
             like do that are spread over larger arrays: XLA may compute them for each element.
@@ -135,8 +135,8 @@ def fission(
     Returns:
         The plan; its loops and passes together do the work of the body, equation by equation.
     """
-    times = schedule(body, consts, carry, kind == "tangent")
-    return _Cut(body, consts, carry, times, kind, accumulated, in_place).plan()
+    times = schedule(body, consts, carry, purpose == "tangent")
+    return _Cut(body, consts, carry, times, purpose, accumulated, in_place).plan()
 
 
 class _Cut:
@@ -148,12 +148,12 @@ class _Cut:
         consts: int,
         carry: int,
         times: dict[Var, int],
-        kind: Kind,
+        purpose: Purpose,
         accumulated: frozenset[Var],
         in_place: bool,
     ):
         self.body, self.consts, self.carry, self.times = body, consts, carry, times
-        self.kind = kind
+        self.purpose = purpose
         self.carries = body.invars[consts : consts + carry]
         self.new = body.outvars[:carry]
         made = [v for e in body.equations for v in e.outvars]
@@ -164,7 +164,7 @@ class _Cut:
         self.heavy: set[Var] = set()
         self.accumulated: set[Var] = set(accumulated)
         self.in_place = in_place
-        self.coefficients = coefficients(body, times) if kind == "tangent" else set()
+        self.coefficients = coefficients(body, times) if purpose == "tangent" else set()
         for equation in body.equations:
             self._weigh(equation)
         # What is still wanted of what has not been cut yet: a row per step, or one value for all.
@@ -198,7 +198,7 @@ class _Cut:
             unread,
             tail,
             self.times,
-            self.kind,
+            self.purpose,
             frozenset(self.accumulated),
         )
 
@@ -268,10 +268,10 @@ class _Cut:
     def _weigh(self, equation: Equation) -> None:
         """Records what it costs to carry a result of `equation` over a cut, in bytes per step."""
         operands = variables(equation.invars)
-        product = moves(equation, self.fixed)
+        product = earns_a_pass(equation, self.fixed)
         changes = any(v not in self.fixed for v in equation.outvars)
         # A product of two rows, as an outer one, gains nothing by a pass.
-        costly = product or (is_heavy(equation) and not is_movable(equation))
+        costly = product or (is_heavy(equation) and not can_run_batched(equation))
         cheap = is_free(equation) or (changes and not costly and not self._is_dear(equation))
         leaves = product or not self.coefficients.isdisjoint(equation.outvars)
         # What is fixed is there on the far side of a cut as well.
@@ -295,7 +295,7 @@ class _Cut:
         and as fast by 32 to 64 KiB. Results alone were up to 1.3 times as fast without.
         """
         small = size_in_bytes(equation.outvars[0]) <= 1 << 15
-        return small and is_transcendental(equation) and self.kind != "results"
+        return small and is_transcendental(equation) and self.purpose != "results"
 
     def _repeats(self, equation: Equation) -> bool:
         """Whether to run `equation` again on the far side of a cut rather than carry its result.
@@ -319,7 +319,7 @@ class _Cut:
         carried = [v for v in variables(equation.invars) if is_a_loop(self.times[v])]
         return (
             time > 0
-            and is_movable(equation)
+            and can_run_batched(equation)
             and not is_heavy(equation)
             and not any(self.feeds.get(v, 0) & self._carries_up_to(time) for v in results)
             and sum(map(size_in_bytes, carried)) <= sum(map(size_in_bytes, results))
@@ -349,7 +349,7 @@ class _Cut:
         walk 1.05 to 1.4 times, in less memory.
         """
         rows = {v for v in variables(equation.invars) if v not in self.fixed}
-        is_cheap = is_elementwise(equation) and not is_transcendental(equation)
+        is_cheap = is_arithmetic(equation) and not is_transcendental(equation)
         return is_cheap and rows <= self.rows and self.rows.isdisjoint(equation.outvars)
 
     def _carries_up_to(self, time: int) -> int:

@@ -21,7 +21,7 @@ from jax import lax
 from jax.interpreters import ad, batching, mlir
 
 from jaxrnn._jaxpr import Atom, Literal, Var, bind, dtype, parts, shape
-from jaxrnn._kernel import SAMPLES, Kernel, Recipe
+from jaxrnn._kernel import SAMPLES, Kernel, KernelPlan
 from jaxrnn._primitives import (
     broadcast_in_dim_p,
     convert_element_type_p,
@@ -37,7 +37,7 @@ Levels = tuple[tuple[bool, ...], ...]
 _WARPS = 8
 
 
-class _How(NamedTuple):
+class _Call(NamedTuple):
     """What the primitive is told.
 
     Attributes:
@@ -57,7 +57,7 @@ class _How(NamedTuple):
 
 
 def run_fused(
-    how: Recipe,
+    plan: KernelPlan,
     consts: Sequence[Array],
     carry: Sequence[Array],
     xs: Sequence[Array],
@@ -68,7 +68,7 @@ def run_fused(
     """Runs a recurrence as one kernel.
 
     Args:
-        how: from `recipe`.
+        plan: from `plan_kernel`.
         consts: the same at every step.
         carry: the first carry.
         xs: arrays with a row per step.
@@ -80,9 +80,9 @@ def run_fused(
     Returns:
         The last carry, and ys with a row per step.
     """
-    given = how.invariant.run(*consts)
-    params = _How(how.kernel, length, reverse, how.columns_of(linear))
-    outs = _fused_p.bind(*given, *carry, *how.rows(xs), how=params)
+    given = plan.invariant.run(*consts)
+    call = _Call(plan.kernel, length, reverse, plan.columns_of(linear))
+    outs = _fused_p.bind(*given, *carry, *plan.rows(xs), call=call)
     return outs[: len(carry)], outs[len(carry) :]
 
 
@@ -92,35 +92,34 @@ def _mapped(f: Any, levels: Levels) -> Any:
     return f
 
 
-def _as_scan(*operands: Array, how: _How) -> list[Array]:
+def _as_scan(*operands: Array, call: _Call) -> list[Array]:
     """What the primitive computes, by `lax.scan`."""
 
     def run(*operands: Array) -> list[Array]:
-        kernel = how.kernel
+        kernel = call.kernel
         consts, carry, xs = parts(operands, kernel.consts, kernel.carry)
 
         def step(carry: list[Array], x: list[Array]) -> tuple[list[Array], list[Array]]:
-            outs = kernel.program.run(*consts, *carry, *x)
-            return outs[: kernel.carry], outs[kernel.carry :]
+            return kernel.program.step(consts, carry, x)
 
-        last, ys = lax.scan(step, carry, xs, how.length, how.reverse)
+        last, ys = lax.scan(step, carry, xs, call.length, call.reverse)
         return [*last, *ys]
 
-    return list(_mapped(run, how.levels)(*operands))
+    return list(_mapped(run, call.levels)(*operands))
 
 
-def _as_kernel(*operands: Array, how: _How, interpret: bool = False) -> list[Array]:
+def _as_kernel(*operands: Array, call: _Call, interpret: bool = False) -> list[Array]:
     """What the primitive computes, by a kernel."""
-    run = functools.partial(_launch, how=how, interpret=interpret)
-    return list(_mapped(run, how.levels)(*operands))
+    run = functools.partial(_launch, call=call, interpret=interpret)
+    return list(_mapped(run, call.levels)(*operands))
 
 
-def _launch(*operands: Array, how: _How, interpret: bool) -> list[Array]:
+def _launch(*operands: Array, call: _Call, interpret: bool) -> list[Array]:
     # Not at the top: JAX means to drop it, and without it only kernels are missing.
     from jax.experimental import pallas as pl  # noqa: PLC0415
     from jax.experimental.pallas import triton  # noqa: PLC0415
 
-    kernel, length = how.kernel, how.length
+    kernel, length = call.kernel, call.length
     program, first_row = kernel.program, kernel.consts + kernel.carry
     missing = -kernel.batch % SAMPLES
 
@@ -133,11 +132,11 @@ def _launch(*operands: Array, how: _How, interpret: bool) -> list[Array]:
 
     def result(i: int, v: Any) -> jax.ShapeDtypeStruct:
         size = (kernel.batch + missing, *shape(v)[1:])
-        kind = jnp.int8 if dtype(v) == jnp.bool_ else dtype(v)
-        return jax.ShapeDtypeStruct(size if i < kernel.carry else (length, *size), kind)
+        held = jnp.int8 if dtype(v) == jnp.bool_ else dtype(v)
+        return jax.ShapeDtypeStruct(size if i < kernel.carry else (length, *size), held)
 
     outs = pl.pallas_call(
-        functools.partial(_run_kernel, how=how, pl=pl),
+        functools.partial(_run_kernel, call=call, pl=pl),
         out_shape=[result(i, v) for i, v in enumerate(program.outvars)],
         grid=((kernel.batch + missing) // SAMPLES,),
         compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=1),
@@ -148,9 +147,9 @@ def _launch(*operands: Array, how: _How, interpret: bool) -> list[Array]:
     return [*(x[: kernel.batch] for x in last), *(y[:, : kernel.batch] for y in ys)]
 
 
-def _run_kernel(*refs: Any, how: _How, pl: Any) -> None:
+def _run_kernel(*refs: Any, call: _Call, pl: Any) -> None:
     """The kernel: all steps for the samples of one block of threads."""
-    kernel, length = how.kernel, how.length
+    kernel, length = call.kernel, call.length
     program, outvars = kernel.program, kernel.program.outvars
     consts, carry, xs, last, ys = parts(
         refs, kernel.consts, kernel.carry, len(program.invars) - kernel.consts - kernel.carry,
@@ -171,7 +170,7 @@ def _run_kernel(*refs: Any, how: _How, pl: Any) -> None:
         return value if v in matrices else value.astype(_wide(dtype(v)))
 
     def rows(step: Array) -> list[Array]:
-        time = length - 1 - step if how.reverse else step
+        time = length - 1 - step if call.reverse else step
         return [load(ref, v, time) for ref, v in zip(xs, of_xs, strict=True)]
 
     fixed = [load(ref, v) for ref, v in zip(consts, of_consts, strict=True)]
@@ -180,7 +179,7 @@ def _run_kernel(*refs: Any, how: _How, pl: Any) -> None:
         carry, x = state
         ahead = rows(jnp.minimum(step + 1, length - 1))
         outs = _run_samples(kernel, [*fixed, *carry, *x])
-        time = length - 1 - step if how.reverse else step
+        time = length - 1 - step if call.reverse else step
         for ref, v, y in zip(ys, outvars[kernel.carry :], outs[kernel.carry :], strict=True):
             ref[(time, *place(v))] = y.astype(ref.dtype)
         # A narrow state is as narrow from step to step as it is outside.
@@ -252,27 +251,27 @@ def _number(literal: Literal) -> Any:
 _fused_p = new_primitive("jaxrnn_fused")
 
 
-def _impl(*operands: Array, how: _How) -> list[Array]:
-    return list(jax.jit(functools.partial(_fused_p.bind, how=how))(*operands))
+def _impl(*operands: Array, call: _Call) -> list[Array]:
+    return list(jax.jit(functools.partial(_fused_p.bind, call=call))(*operands))
 
 
-def _abstract(*operands: Any, how: _How) -> list[Any]:
-    return list(jax.make_jaxpr(functools.partial(_as_scan, how=how))(*operands).out_avals)
+def _abstract(*operands: Any, call: _Call) -> list[Any]:
+    return list(jax.make_jaxpr(functools.partial(_as_scan, call=call))(*operands).out_avals)
 
 
-def _jvp(primals: Sequence[Any], tangents: Sequence[Any], how: _How) -> Any:
+def _jvp(primals: Sequence[Any], tangents: Sequence[Any], call: _Call) -> Any:
     """Derivatives of what is not linear are those of `lax.scan`."""
     slopes = [ad.instantiate_zeros(t) for t in tangents]
-    return jax.jvp(functools.partial(_as_scan, how=how), list(primals), slopes)
+    return jax.jvp(functools.partial(_as_scan, call=call), list(primals), slopes)
 
 
-def _transpose(cotangents: Sequence[Any], *operands: Any, how: _How) -> list[Any]:
-    n, m = how.kernel.consts, how.kernel.carry
+def _transpose(cotangents: Sequence[Any], *operands: Any, call: _Call) -> list[Any]:
+    n, m = call.kernel.consts, call.kernel.carry
     consts, _, xs = parts(operands, n, m)
     last, ys = parts(list(map(ad.instantiate_zeros, cotangents)), m)
-    known = [i for i in range(len(xs)) if i not in how.linear]
-    back = how.kernel.transposed(how.linear)
-    levels_of = [parts(level, n, m) for level in how.levels]
+    known = [i for i in range(len(xs)) if i not in call.linear]
+    back = call.kernel.transposed(call.linear)
+    levels_of = [parts(level, n, m) for level in call.levels]
 
     def mapped_consts(*consts: Array) -> list[Array]:
         return back.invariant.run(*consts)
@@ -289,20 +288,20 @@ def _transpose(cotangents: Sequence[Any], *operands: Any, how: _How) -> list[Any
         for level in levels_of
     )
     linear = frozenset(j for j, (i, _) in enumerate(back.columns) if i >= len(known))
-    params = _How(back.kernel, how.length, not how.reverse, linear, levels)
-    outs = _fused_p.bind(*given, *last, *rows, how=params)
-    found = dict(zip((i for i in range(len(xs)) if i in how.linear), outs[m:], strict=True))
+    params = _Call(back.kernel, call.length, not call.reverse, linear, levels)
+    outs = _fused_p.bind(*given, *last, *rows, call=params)
+    found = dict(zip((i for i in range(len(xs)) if i in call.linear), outs[m:], strict=True))
     made = [*([None] * n), *outs[:m], *(found.get(i) for i in range(len(xs)))]
     return [ct if ad.is_undefined_primal(x) else None for x, ct in zip(operands, made, strict=True)]
 
 
-def _batch(operands: Sequence[Any], axes: Sequence[Any], how: _How) -> Any:
+def _batch(operands: Sequence[Any], axes: Sequence[Any], call: _Call) -> Any:
     [size] = {x.shape[a] for x, a in zip(operands, axes, strict=True) if a is not None}
-    first = how.kernel.consts
+    first = call.kernel.consts
 
     def is_linear(i: int) -> bool:
-        row = i - first - how.kernel.carry
-        return i >= first if row < 0 else row in how.linear
+        row = i - first - call.kernel.carry
+        return i >= first if row < 0 else row in call.linear
 
     placed = []
     for i, (x, axis) in enumerate(zip(operands, axes, strict=True)):
@@ -311,7 +310,7 @@ def _batch(operands: Sequence[Any], axes: Sequence[Any], how: _How) -> Any:
         else:  # a cotangent of what all share would have to be summed
             placed.append(jnp.broadcast_to(x, (size, *x.shape)) if is_linear(i) else x)
     level = tuple(a is not None or is_linear(i) for i, a in enumerate(axes))
-    outs = _fused_p.bind(*placed, how=how._replace(levels=(level, *how.levels)))
+    outs = _fused_p.bind(*placed, call=call._replace(levels=(level, *call.levels)))
     return outs, [0] * len(outs)
 
 
@@ -319,14 +318,14 @@ _to_scan = mlir.lower_fun(_as_scan, multiple_results=True)
 _to_kernel = mlir.lower_fun(_as_kernel, multiple_results=True)
 
 
-def _lower_to_kernel(context: Any, *operands: Any, how: _How) -> Any:
+def _lower_to_kernel(context: Any, *operands: Any, call: _Call) -> Any:
     """A kernel, unless the program is to be exported, for which JAX wants none."""
     if context.module_context.lowering_parameters.for_export:
-        return _to_scan(context, *operands, how=how)
+        return _to_scan(context, *operands, call=call)
     with warnings.catch_warnings():
         # Whoever uses jaxrnn can't do anything about it.
         warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
-        return _to_kernel(context, *operands, how=how)
+        return _to_kernel(context, *operands, call=call)
 
 
 _fused_p.def_impl(_impl)

@@ -8,11 +8,10 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from jaxrnn import _placement as placement
-from jaxrnn._equations import is_free, is_heavy, multiply_adds
+from jaxrnn import _device
+from jaxrnn._equations import cut_axis, is_free, is_heavy, multiply_adds
 from jaxrnn._fission import Plan
 from jaxrnn._jaxpr import LOOPS_ARE_KERNELS, Atom, Equation, Var, shape, size, variables
-from jaxrnn._lazy import cut_axis
 from jaxrnn._primitives import (
     FACTORISATIONS,
     RANDOM,
@@ -31,7 +30,7 @@ _ON_ONE_CORE = 1 << 16
 
 def only_for_gradients(plan: Plan, time: int, chunk: Any, remat: bool, method: str) -> bool:
     """Whether plain `lax.scan` has the results just as soon, and only a gradient gains."""
-    if remat or chunk != "auto" or method != "auto" or placement.gpu() is not None:
+    if remat or chunk != "auto" or method != "auto" or _device.gpu() is not None:
         return False
     if any(map(is_heavy, plan.invariant.equations)):
         return False
@@ -132,7 +131,7 @@ def wants_the_cache(plan: Plan) -> bool:
     not. Measured: LSTM and GRU of 256 units were 1.0 to 1.15 times as fast so with wide vectors,
     and 0.8 to 1.0 times without.
     """
-    if not placement.has_wide_vectors():
+    if not _device.has_wide_vectors():
         return False
     products = filter(multiply_adds, plan.in_loops)
     return any(_ON_ONE_CORE < _weights(e, plan) < multiply_adds(e) for e in products)

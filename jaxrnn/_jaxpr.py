@@ -15,13 +15,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core, source_info_util
 
-from jaxrnn._placement import explicit_sharding, varying
 from jaxrnn._primitives import (
     INLINED,
     OWN_RULES,
     convert_element_type_p,
     stop_gradient_p,
 )
+from jaxrnn._sharding import explicit_sharding, varying
 
 PyTree = Any
 Var = core.Var
@@ -29,7 +29,7 @@ Literal = core.Literal
 Atom = Var | Literal
 Equation = core.JaxprEqn
 
-UNITS_SLOW_DOWN_SUMS = jax.__version_info__ < (0, 11)  # see `_units.py`
+UNITS_SLOW_DOWN_SUMS = jax.__version_info__ < (0, 11)  # see `_singleton_axes.py`
 LOOPS_ARE_KERNELS = not UNITS_SLOW_DOWN_SUMS  # on a CPU, but for large products
 
 
@@ -57,6 +57,13 @@ class Program(NamedTuple):
         )
         closed = core.ClosedJaxpr(jaxpr, ())  # type: ignore[attr-defined, unused-ignore]
         return list(core.jaxpr_as_fun(closed)(*args))
+
+    def step(
+        self, consts: Sequence[Any], carry: Sequence[Any], x: Sequence[Any]
+    ) -> tuple[list[Any], list[Any]]:
+        """Runs the program as a scan body, `(consts, carry, x) -> (carry, y)`."""
+        carry, y = parts(self.run(*consts, *carry, *x), len(carry))
+        return carry, y
 
 
 class Traced(NamedTuple):
@@ -150,11 +157,10 @@ def _tile(array: Any, *, reps: Sequence[int]) -> list[Any]:
     return [lax.reshape(each, [r * n for r, n in zip(reps, lengths, strict=True)])]
 
 
-# Primitives that JAX does not list in `jax.extend` and has not always had.
 SPELLED_OUT: dict[Any, Callable[..., list[Any]]] = {
-    getattr(lax, name): spelled_out
-    for name, spelled_out in (("stack_p", _stack), ("unstack_p", _unstack), ("tile_p", _tile))
-    if hasattr(lax, name)
+    lax.stack_p: _stack,
+    lax.unstack_p: _unstack,
+    lax.tile_p: _tile,
 }
 
 
@@ -177,7 +183,7 @@ def dependents(
         outs = equation.outvars
         if through_tangents:
             stops = equation.primitive is stop_gradient_p
-            outs = [] if stops else [v for v in outs if jnp.issubdtype(dtype(v), jnp.inexact)]
+            outs = [] if stops else list(filter(is_inexact, outs))
         if any(not isinstance(a, Literal) and a in found for a in equation.invars):
             found |= set(outs)
     return found
@@ -256,7 +262,12 @@ def dtype(atom: Atom) -> Any:
     return atom.aval.dtype  # type: ignore[attr-defined]
 
 
-def kind(atom: Atom) -> tuple[Any, ...]:
+def is_inexact(atom: Atom) -> bool:
+    """Whether the array that `atom` stands for holds numbers that have a derivative."""
+    return bool(jnp.issubdtype(dtype(atom), jnp.inexact))
+
+
+def carry_type(atom: Atom) -> tuple[Any, ...]:
     """What a carry must not change: shape, dtype, how it lies on the devices.
 
     The last is part of the type on meshes with explicit axes, and inside `shard_map`.

@@ -15,9 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxrnn import _placement as placement
-from jaxrnn._columns import MisfitError, cut_of, in_columns
-from jaxrnn._equations import calls
+from jaxrnn import _device
+from jaxrnn._equations import calls, column_ranges
 from jaxrnn._jaxpr import (
     Atom,
     Equation,
@@ -44,6 +43,7 @@ from jaxrnn._primitives import (
     select_n_p,
     squeeze_p,
 )
+from jaxrnn._split_gates import KernelMisfitError, in_columns
 
 Array = jax.Array
 
@@ -86,9 +86,9 @@ class Kernel:
         self.program, self.consts, self.carry = program, consts, carry
         self.batch, self.batched = _samples(program, consts, carry)
         _check_sizes(program, program.invars[:consts], self.batched)
-        self._transposed: dict[frozenset[int], Recipe] = {}
+        self._transposed: dict[frozenset[int], KernelPlan] = {}
 
-    def transposed(self, linear: frozenset[int]) -> "Recipe":
+    def transposed(self, linear: frozenset[int]) -> "KernelPlan":
         """The same recurrence backwards, for a program that is linear in its carry and some xs.
 
         Args:
@@ -99,13 +99,13 @@ class Kernel:
             (cotangents of the old carry; cotangents of the linear xs)`.
 
         Raises:
-            MisfitError: if that does not fit.
+            KernelMisfitError: if that does not fit.
         """
         if linear not in self._transposed:
             self._transposed[linear] = self._transpose(linear)
         return self._transposed[linear]
 
-    def _transpose(self, linear: frozenset[int]) -> "Recipe":
+    def _transpose(self, linear: frozenset[int]) -> "KernelPlan":
         program, n = self.program, self.consts
         inputs = [v.aval for v in program.invars]
         old, rows = inputs[n : n + self.carry], inputs[n + self.carry :]
@@ -132,11 +132,11 @@ class Kernel:
         ]
         traced = trace(backwards, *example)
         if traced.consts:
-            raise MisfitError("its transpose closes over an array")
-        return recipe(traced.program, n, self.carry)
+            raise KernelMisfitError("its transpose closes over an array")
+        return plan_kernel(traced.program, n, self.carry)
 
 
-class Recipe(NamedTuple):
+class KernelPlan(NamedTuple):
     """How to call a kernel in place of a recurrence.
 
     Attributes:
@@ -161,7 +161,7 @@ class Recipe(NamedTuple):
         ]
 
 
-def recipe(program: Program, consts: int, carry: int) -> Recipe:
+def plan_kernel(program: Program, consts: int, carry: int) -> KernelPlan:
     """How to run a recurrence as a kernel.
 
     Args:
@@ -170,16 +170,16 @@ def recipe(program: Program, consts: int, carry: int) -> Recipe:
         carry: number of carries.
 
     Raises:
-        MisfitError: if it can't be.
+        KernelMisfitError: if it can't be.
     """
     spelled_out = without_calls(program)
     if spelled_out is None:
-        raise MisfitError("a function that it calls closes over an array")
+        raise KernelMisfitError("a function that it calls closes over an array")
     program = spelled_out
     traced = trace(functools.partial(in_columns, program), *(v.aval for v in program.invars))
     program = traced.program
     if traced.consts:
-        raise MisfitError("it closes over an array")
+        raise KernelMisfitError("it closes over an array")
     return _without_fixed(program, consts, carry)
 
 
@@ -199,22 +199,23 @@ def without_calls(program: Program) -> Program | None:
     return program
 
 
-def _without_fixed(program: Program, consts: int, carry: int) -> Recipe:
+def _without_fixed(program: Program, consts: int, carry: int) -> KernelPlan:
     """Moves out of a step what it makes of consts alone, and the columns taken of its xs."""
     old, xs = program.invars[consts : consts + carry], program.invars[consts + carry :]
-    moving = dependents(program, [*old, *xs])
-    if any(isinstance(v, Literal) or v not in moving for v in program.outvars):
-        raise MisfitError("a result of a step depends on neither its state nor its inputs")
+    in_time = dependents(program, [*old, *xs])
+    if any(isinstance(v, Literal) or v not in in_time for v in program.outvars):
+        raise KernelMisfitError("a result of a step depends on neither its state nor its inputs")
     taken: dict[Var, tuple[int, tuple[int, int] | None]] = {v: (i, None) for i, v in enumerate(xs)}
     wanted, inner, fixed = set(variables(program.outvars)), [], []
     for equation in reversed(program.equations):
         operands = variables(equation.invars)
         if not wanted.intersection(equation.outvars):
             continue
-        if equation.outvars[0] not in moving:
+        if equation.outvars[0] not in in_time:
             fixed.append(equation)
-        elif operands[0] in xs and (cut := cut_of(equation, equation.outvars[0])):
-            taken[equation.outvars[0]] = (xs.index(operands[0]), cut)
+        elif operands[0] in xs and (cuts := column_ranges(equation)):
+            row = xs.index(operands[0])
+            taken |= {v: (row, cut) for v, cut in zip(equation.outvars, cuts, strict=True)}
             continue
         else:
             inner.append(equation)
@@ -224,7 +225,7 @@ def _without_fixed(program: Program, consts: int, carry: int) -> Recipe:
     read_inside = set(variables(a for e in inner for a in e.invars))
     given = [v for v in made if v in read_inside]
     step = program.cut([*given, *old, *rows], program.outvars, reversed(inner))
-    return Recipe(
+    return KernelPlan(
         Kernel(step, len(given), carry),
         program.cut(program.invars[:consts], given, reversed(fixed)),
         tuple(taken[v] for v in rows),
@@ -235,19 +236,19 @@ def _samples(program: Program, consts: int, carry: int) -> tuple[int, frozenset[
     """The number of samples, and the variables whose first axis is theirs."""
     carries = program.invars[consts : consts + carry]
     if not carries or any(not shape(v) for v in carries):
-        raise MisfitError("a state has no axis of samples")
+        raise KernelMisfitError("a state has no axis of samples")
     for equation in program.equations:
         _check_known(equation)
     batch = shape(carries[0])[0]
     if not isinstance(batch, int):
-        raise MisfitError("the number of its samples is symbolic")
+        raise KernelMisfitError("the number of its samples is symbolic")
     batched: dict[Var, bool] = {}
 
     def settle(v: Atom, yes: bool) -> None:
         if isinstance(v, Literal):
             return
         if batched.setdefault(v, yes) != yes or (yes and shape(v)[:1] != (batch,)):
-            raise MisfitError(f"an array {list(shape(v))} mixes samples or is shared by them")
+            raise KernelMisfitError(f"an array {list(shape(v))} mixes samples or is shared by them")
 
     for v in (*carries, *program.outvars):
         settle(v, True)
@@ -262,11 +263,11 @@ def _samples(program: Program, consts: int, carry: int) -> tuple[int, frozenset[
 def _check_known(equation: Equation) -> None:
     """Raises the error that an operation deserves which the compiler of kernels does not know."""
     if equation.primitive not in _KNOWN:
-        raise MisfitError(f"there is no '{equation.primitive}' in a kernel")
+        raise KernelMisfitError(f"kernels do not support '{equation.primitive}'")
     if equation.primitive is select_n_p and len(equation.invars) > _CHOICE_OF_TWO:
-        raise MisfitError("there is no choice among more than two in a kernel")
+        raise KernelMisfitError("kernels do not support a choice among more than two")
     if len(equation.params.get("axes", ())) > 1:
-        raise MisfitError(f"there is no '{equation.primitive}' over several axes in a kernel")
+        raise KernelMisfitError(f"kernels do not support '{equation.primitive}' over several axes")
 
 
 def _spread(
@@ -305,39 +306,39 @@ def _check_sizes(program: Program, consts: Sequence[Var], batched: frozenset[Var
     for v in (*program.invars, *(v for e in program.equations for v in e.outvars)):
         features = shape(v)[1:] if v in batched else shape(v)
         if size(v) == 0:
-            raise MisfitError(f"an array {list(shape(v))} is empty")
+            raise KernelMisfitError(f"an array {list(shape(v))} is empty")
         if str(dtype(v)) not in _DTYPES:
-            raise MisfitError(f"an array {list(shape(v))} has dtype {dtype(v)}")
+            raise KernelMisfitError(f"an array {list(shape(v))} has dtype {dtype(v)}")
         if len(features) > 2 or any(n & (n - 1) or n == 0 for n in features):
-            raise MisfitError(f"the sizes of an array {list(shape(v))} are no powers of two")
+            raise KernelMisfitError(f"the sizes of an array {list(shape(v))} are not powers of two")
     for equation in program.equations:
         if equation.primitive is dot_general_p:
             matrix = _matrix(equation, consts)
             weights[matrix] = size_in_bytes(matrix)
         elif max(shape(equation.outvars[0])[1:], default=0) > _MAX_WIDTH:
-            raise MisfitError(
-                f"a state of {shape(equation.outvars[0])[-1]} units; {_MAX_WIDTH} at most"
+            raise KernelMisfitError(
+                f"an array {list(shape(equation.outvars[0]))} has more than {_MAX_WIDTH} features"
             )
     taken, most = sum(weights.values()), _max_weights()
     if taken > most:
-        raise MisfitError(f"the weights take {taken >> 10} KiB; {most >> 10} at most")
+        raise KernelMisfitError(f"the weights take {taken >> 10} KiB; {most >> 10} at most")
 
 
 def _max_weights() -> int:
     """How many bytes of weights a multiprocessor has room for; an H100's where there is no GPU."""
-    return getattr(placement.gpu(), "shared_memory_per_block_optin", _HOLDS) - _IN_FLIGHT
+    return getattr(_device.gpu(), "shared_memory_per_block_optin", _HOLDS) - _IN_FLIGHT
 
 
 def _matrix(equation: Equation, consts: Sequence[Var]) -> Var:
     """The weights of a product that a kernel can make."""
     rows, matrix = equation.invars
     if dtype(rows) != dtype(matrix) or not jnp.issubdtype(dtype(rows), jnp.floating):
-        raise MisfitError(f"a product of {dtype(rows)} with {dtype(matrix)}")
+        raise KernelMisfitError(f"a product of {dtype(rows)} with {dtype(matrix)}")
     precision = equation.params["precision"]
     if not (precision is None or isinstance(precision, tuple)):
-        raise MisfitError(f"a product by the algorithm {precision}")
+        raise KernelMisfitError(f"a product by the algorithm {precision}")
     if not isinstance(matrix, Var) or matrix not in consts or min(shape(matrix)) < _SMALLEST:
-        raise MisfitError(
+        raise KernelMisfitError(
             f"a product with a matrix {list(shape(matrix))}, which must be the same at all steps, "
             f"and at least {_SMALLEST} wide and high"
         )

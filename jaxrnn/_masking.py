@@ -4,8 +4,8 @@ Everything here is selection with `jnp.where` along the batch axis, so a masked 
 trace in values or in derivatives. The one thing that selection alone cannot do is stop a NaN
 derivative: `where(m, f(x), 0)` multiplies the derivative of `f` by zero, and zero times infinity is
 NaN. Hence `substitutes`: a masked sample's input and states are replaced *before* the step sees
-them. A smooth step (`_smooth.py`) is fed the states as they are, unless they are no numbers: hence
-`without_lost`.
+them. A step with a finite derivative (`_finite_gradient.py`) is fed the states as they are, unless
+they are no numbers: hence `zero_nonfinite_unstepped`.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxrnn._placement import samples_placed_as
+from jaxrnn._sharding import samples_placed_as
 
 Array = jax.Array
 PyTree = Any
@@ -48,11 +48,11 @@ def zero_unless(condition: Array, tree: PyTree) -> PyTree:
     )
 
 
-def lost(valid: Array, state: Array) -> Array:
+def nonfinite_unstepped(valid: Array, state: Array) -> Array:
     """The samples without a valid step in whose state is NaN or infinity, `[B]`, bool.
 
-    A smooth step is computed for them, too, and thrown away. In its derivative zero would be
-    multiplied by what they hold.
+    A step with a finite derivative is computed for them, too, and thrown away. In its derivative
+    zero would be multiplied by what they hold.
 
     Args:
         valid: `[T, B]`, bool.
@@ -63,19 +63,19 @@ def lost(valid: Array, state: Array) -> Array:
     return ~(is_finite | has_any)
 
 
-def without_lost(valid: Array, states: PyTree) -> PyTree:
-    """`states`, pytree of arrays `[B, ...]`, with zeros where a sample is lost."""
+def zero_nonfinite_unstepped(valid: Array, states: PyTree) -> PyTree:
+    """`states`, a pytree of `[B, ...]`, with zeros for the samples of `nonfinite_unstepped`."""
 
     def start(state: Array) -> Array:
         if not jnp.issubdtype(state.dtype, jnp.inexact):
             return state
-        return zero_unless(~lost(valid, state), state)
+        return zero_unless(~nonfinite_unstepped(valid, state), state)
 
     return jax.tree.map(start, states)
 
 
-def with_lost(valid: Array, outputs: PyTree, states: PyTree, axis: int) -> PyTree:
-    """`outputs` with the states of lost samples at each step; time is on `axis`.
+def restore_nonfinite_unstepped(valid: Array, outputs: PyTree, states: PyTree, axis: int) -> PyTree:
+    """`outputs` with the states of such samples at each step; time is on `axis`.
 
     As a rule there are none, and nothing is done; but for a selection under `vmap`.
     """
@@ -83,11 +83,11 @@ def with_lost(valid: Array, outputs: PyTree, states: PyTree, axis: int) -> PyTre
     def put(rows: Array, state: Array) -> Array:
         if not jnp.issubdtype(state.dtype, jnp.inexact):
             return rows
-        is_lost = lost(valid, state)
-        where = jnp.expand_dims(_align(is_lost, state), axis)
+        at = nonfinite_unstepped(valid, state)
+        where = jnp.expand_dims(_align(at, state), axis)
         row = jnp.expand_dims(state, axis)
         return lax.cond(
-            jnp.any(is_lost), lambda rows: jnp.where(where, row, rows), lambda rows: rows, rows
+            jnp.any(at), lambda rows: jnp.where(where, row, rows), lambda rows: rows, rows
         )
 
     return jax.tree.map(put, outputs, states)

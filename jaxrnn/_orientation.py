@@ -16,15 +16,15 @@ from jax import lax
 
 from jaxrnn._equations import product_options
 from jaxrnn._jaxpr import Equation, Literal, Program, Var, at, bind, dependents, read, shape
-from jaxrnn._placement import is_split
 from jaxrnn._primitives import (
-    BY_ELEMENT,
+    ELEMENTWISE,
     dot_general_p,
     slice_p,
     split_p,
     squeeze_p,
     transpose_p,
 )
+from jaxrnn._sharding import is_split
 
 Array = jax.Array
 
@@ -95,7 +95,7 @@ class Orientation:
         axes = next(x.axes for x in operands if isinstance(x, _Turned))
         if primitive is transpose_p:
             return [_as_turned(operands[0].array, [axes[i] for i in params["permutation"]])]
-        if primitive is split_p():
+        if primitive is split_p:
             outs = lax.split(operands[0].array, params["sizes"], axes[params["axis"]])
             return [_Turned(out, axes) for out in outs]
         if primitive is slice_p:
@@ -108,7 +108,7 @@ class Orientation:
             order = sorted(left)
             squeezed = lax.squeeze(operands[0].array, gone)
             return [_as_turned(squeezed, [order.index(a) for a in left])]
-        if primitive in BY_ELEMENT:
+        if primitive in ELEMENTWISE:
             alike = [
                 self._lying(a, x, axes) for a, x in zip(equation.invars, operands, strict=True)
             ]

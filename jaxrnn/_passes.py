@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxrnn._device import is_lone_cpu
 from jaxrnn._equations import product_options
-from jaxrnn._fission import Kind
+from jaxrnn._fission import Purpose
 from jaxrnn._jaxpr import Atom, Equation, Literal, Program, Var, at, bind, read, shape
-from jaxrnn._placement import is_lone_cpu, is_split
 from jaxrnn._primitives import THREEFRY, dot_general_p
-from jaxrnn._random import bind_spelled_out
-from jaxrnn._units import bind_without_units
+from jaxrnn._sharding import is_split
+from jaxrnn._singleton_axes import bind_without_units
+from jaxrnn._threefry import bind_spelled_out
 
 Array = jax.Array
 
@@ -28,7 +29,7 @@ def run_rows(
     program: Program,
     has_rows: Sequence[bool],
     length: int,
-    kind: Kind,
+    purpose: Purpose,
     accumulated: frozenset[Var],
     *args: Any,
 ) -> list[Array]:
@@ -38,7 +39,7 @@ def run_rows(
         program: for one row.
         has_rows: which of `args` have a row for each run; the others are the same in all.
         length: the number of rows.
-        kind: what it is for.
+        purpose: what they are for.
         accumulated: the variables whose cotangents are sums over all rows.
         *args: the operands.
 
@@ -61,7 +62,7 @@ def run_rows(
             rows |= set(equation.outvars)
             columns = together.get(equation.outvars[0], 0)
             product = _matrix_product(equation, axes, columns, *operands)
-            transposed = kind == "tangent"
+            transposed = purpose == "tangent"
             run = functools.partial(bind_without_units, equation, transposed, axes, length)
             if equation.primitive in THREEFRY:
                 run = functools.partial(bind_spelled_out, equation)
@@ -71,21 +72,6 @@ def run_rows(
         env[v] if is_row(v) else jnp.broadcast_to(read(env, v), (length, *shape(v)))
         for v in program.outvars
     ]
-
-
-def time_first(rows: Array, axis: int) -> Array:
-    """`rows`, of which `axis` is time, with time on the first."""
-    return jnp.moveaxis(rows, axis, 0) if axis else rows
-
-
-def time_on(rows: Array, axis: int) -> Array:
-    """`rows`, of which the first axis is time, with time on `axis`."""
-    return jnp.moveaxis(rows, 0, axis) if axis else rows
-
-
-def shifted(rows: Array, first: Array, reverse: bool) -> Array:
-    """For every step the row of the step before it, and `first` for the first."""
-    return jnp.concatenate([rows[1:], first[None]] if reverse else [first[None], rows[:-1]])
 
 
 def _matrix_product(

@@ -28,7 +28,7 @@ from jaxrnn._block import (
 )
 from jaxrnn._block_length import results_block
 from jaxrnn._equations import has_own_rule, hides_product
-from jaxrnn._fission import Kind, Loop, Plan, fission
+from jaxrnn._fission import Loop, Plan, Purpose, fission
 from jaxrnn._jaxpr import (
     Equation,
     Program,
@@ -40,12 +40,12 @@ from jaxrnn._jaxpr import (
     trace,
     variables,
 )
-from jaxrnn._passes import time_first, time_on
-from jaxrnn._residuals import is_moving, residuals, symbolic_zero
+from jaxrnn._residuals import is_active, residuals, symbolic_zero
 from jaxrnn._rows import row_of
-from jaxrnn._samples_last import in_one_loop
+from jaxrnn._samples_last import with_samples_last
 from jaxrnn._schedule import equations_for
 from jaxrnn._tangent import Tangent
+from jaxrnn._time_axis import time_first, time_on
 
 Array = jax.Array
 Results = tuple[list[Array], list[Array]]
@@ -99,13 +99,13 @@ def _derivative(f: Callable[..., Results], primals: Any, tangents: Any) -> tuple
     """As `jax.jvp`, but zeros among the tangents are symbolic."""
     values, tree = jax.tree.flatten(primals)
     slopes = jax.tree.leaves(tangents)
-    moving = [i for i, slope in enumerate(slopes) if is_moving(slope)]
+    active = [i for i, slope in enumerate(slopes) if is_active(slope)]
 
     def flat(*values: Array) -> Results:
         return f(*jax.tree.unflatten(tree, values))
 
-    of = as_function_of(moving, flat, values)
-    outs, made = jax.jvp(of, [values[i] for i in moving], [slopes[i] for i in moving])
+    of = as_function_of(active, flat, values)
+    outs, made = jax.jvp(of, [values[i] for i in active], [slopes[i] for i in active])
     return outs, jax.tree.map(_as_symbolic, outs, made)
 
 
@@ -131,7 +131,7 @@ def _run_loop(
 
     If a product is out of sight, in an inner loop, say, it would only be computed again.
     """
-    if steps.how != "parallel" and any(map(hides_product, loop.program.equations)):
+    if steps.loop_method != "parallel" and any(map(hides_product, loop.program.equations)):
         return run_plain(loop.program, consts, carry, xs, steps)
     first = Axes.first(len(xs), len(loop.ys))
     return _run(loop.program, consts, carry, xs, first, steps, steps.length)
@@ -145,11 +145,11 @@ def _run(
     axes: Axes,
     steps: Steps,
     block: int,
-    kind: Kind = "results",
+    purpose: Purpose = "results",
 ) -> tuple[list[Array], list[Array]]:
     """Runs a body over blocks of time, with the derivative described at the top of this file.
 
-    Its `kind` is "keeps" if among its results is what the tangent needs.
+    Its `purpose` is "residuals" if among its results is what the tangent needs.
     """
     n_consts, n_carry = len(consts), len(carry)
 
@@ -157,12 +157,12 @@ def _run(
     def run(
         consts: list[Array], carry: list[Array], xs: list[Array]
     ) -> tuple[list[Array], list[Array]]:
-        plan = fission(program, n_consts, n_carry, kind)
-        turned = in_one_loop(plan, steps)
+        plan = fission(program, n_consts, n_carry, purpose)
+        turned = with_samples_last(plan, steps)
         if turned is not None and not turned.stages[1:]:
             return run_at_once(turned, consts, carry, xs, axes, steps)
         chosen = turned or plan
-        length = results_block(chosen, steps, block) if kind == "results" else block
+        length = results_block(chosen, steps, block) if purpose == "results" else block
         return run_in_place(chosen, consts, carry, xs, axes, steps, length)
 
     def step_by_step(consts: list[Array], carry: list[Array], xs: list[Array]) -> Results:
@@ -177,43 +177,43 @@ def _run(
         keeping, given = program.cut(program.invars, [*new, *held.rows], program.equations), consts
         if any(map(has_own_rule, program.equations)):
             example = [row_of(x, axis, 0) for x, axis in zip(xs, axes.xs, strict=True)]
-            traced = _as_differentiated(keeping, held.moving, *consts, *carry, *example)
+            traced = _as_differentiated(keeping, held.active, *consts, *carry, *example)
             if traced.has_effects:
                 return _derivative(step_by_step, primals, tangents)
             keeping, given = traced.program, [*traced.consts, *consts]
         ys_axes = [*axes.ys, *[0] * (len(held.rows) - len(axes.ys))]
         lying = Axes(axes.xs, ys_axes)
-        last, made = _run(keeping, given, carry, xs, lying, steps, block, "keeps")
+        last, made = _run(keeping, given, carry, xs, lying, steps, block, "residuals")
 
         tangent = Tangent(program, primals, tangents, lying, made, held)
         t_last, t_ys = tangent.run(steps, block)
         ys = made[: len(program.outvars) - n_carry]
         return (last, ys), (
-            _fill(last, tangent.moving_carry, t_last),
-            _fill(ys, tangent.moving_ys, t_ys),
+            _fill(last, tangent.active_carry, t_last),
+            _fill(ys, tangent.active_ys, t_ys),
         )
 
     run.defjvp(rule, symbolic_zeros=True)
     return run(list(consts), list(carry), list(xs))
 
 
-def _as_differentiated(program: Program, moving: set[Var], *args: Any) -> Traced:
+def _as_differentiated(program: Program, active: set[Var], *args: Any) -> Traced:
     """`program` as it is once differentiated: with what the user's derivative rules compute.
 
     A `custom_jvp` rule gives results, too, and a `custom_vjp` function has no forward mode, but its
     forward rule may: values and second derivatives are those of the rules. That is where one of the
-    variables that are `moving` comes in; a `custom_vjp` function may not be asked for derivatives
+    variables that are `active` comes in; a `custom_vjp` function may not be asked for derivatives
     by an array that it closes over.
     """
-    apply = functools.partial(_by_rules, moving)
+    apply = functools.partial(_by_rules, active)
     traced = trace(functools.partial(inline, program, apply=apply), *args)
     inlined = trace(functools.partial(inline, traced.program), *traced.consts, *args)
     return inlined._replace(consts=(*inlined.consts, *traced.consts))
 
 
-def _by_rules(moving: set[Var], equation: Equation, values: Sequence[Any]) -> list[Any]:
+def _by_rules(active: set[Var], equation: Equation, values: Sequence[Any]) -> list[Any]:
     """The results of `equation`, by the derivative rules of the functions that it calls."""
-    places = [i for i, a in enumerate(equation.invars) if isinstance(a, Var) and a in moving]
+    places = [i for i, a in enumerate(equation.invars) if isinstance(a, Var) and a in active]
     if not (places and has_own_rule(equation)):
         return bind(equation, values)
 
@@ -222,7 +222,7 @@ def _by_rules(moving: set[Var], equation: Equation, values: Sequence[Any]) -> li
     return results
 
 
-def _fill(primals: Sequence[Array], moving: Sequence[int], tangents: Sequence[Any]) -> list[Any]:
-    """`tangents`, which belong to the `moving` ones among `primals`, and zeros between."""
-    given = dict(zip(moving, tangents, strict=True))
+def _fill(primals: Sequence[Array], active: Sequence[int], tangents: Sequence[Any]) -> list[Any]:
+    """`tangents`, which belong to the `active` ones among `primals`, and zeros between."""
+    given = dict(zip(active, tangents, strict=True))
     return [given[i] if i in given else symbolic_zero(x) for i, x in enumerate(primals)]

@@ -12,12 +12,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
 from jaxrnn._checkpoints import not_to_be_kept
 from jaxrnn._equations import is_heavy, is_linear, slope_by_output
-from jaxrnn._jaxpr import Atom, Equation, Program, Var, dependents_in_time, dtype, size, variables
+from jaxrnn._jaxpr import (
+    Atom,
+    Equation,
+    Program,
+    Var,
+    dependents_in_time,
+    is_inexact,
+    size,
+    variables,
+)
 from jaxrnn._primitives import (
     COMPARISONS,
     EXTREMES,
@@ -50,13 +58,13 @@ class Residuals(NamedTuple):
         rows: first the ys of the body, then what is kept beside these.
         kept: the variables that need not be computed again, and which of `rows` holds each.
         states: which of `rows` holds each carry.
-        moving: the variables that have a tangent.
+        active: the variables that have a tangent.
     """
 
     rows: tuple[Atom, ...]
     kept: Mapping[Var, int]
     states: tuple[State, ...]
-    moving: set[Var]
+    active: set[Var]
 
 
 def residuals(program: Program, tangents: Any, forgets: bool = False) -> Residuals:
@@ -70,11 +78,11 @@ def residuals(program: Program, tangents: Any, forgets: bool = False) -> Residua
     # What has no tangent at any step is not differentiated: a step may not even have a derivative
     # by it, or none that is finite.
     every = zip(program.invars, itertools.chain(*tangents), strict=True)
-    sources = [v for v, tangent in every if is_moving(tangent)]
-    moving = dependents_in_time(program, sources, consts, carry, through_tangents=True)
+    sources = [v for v, tangent in every if is_active(tangent)]
+    active = dependents_in_time(program, sources, consts, carry, through_tangents=True)
     old = program.invars[consts : consts + carry]
     new, ys = program.outvars[:carry], program.outvars[carry:]
-    kept = _kept(program, program.invars[:consts], moving)
+    kept = _kept(program, program.invars[:consts], active)
     if forgets:
         marked = not_to_be_kept(program)
         kept = [v for v in kept if v not in marked]
@@ -82,7 +90,7 @@ def residuals(program: Program, tangents: Any, forgets: bool = False) -> Residua
     for before, after in zip(old, new, strict=True):
         if before in rows or after in rows:
             continue
-        if isinstance(after, Var) and _spares(before, after, program, kept, moving):
+        if isinstance(after, Var) and _spares(before, after, program, kept, active):
             kept.append(after)
             rows.append(after)
         else:
@@ -91,21 +99,21 @@ def residuals(program: Program, tangents: Any, forgets: bool = False) -> Residua
         State(rows.index(after if before not in rows else before), before not in rows)
         for before, after in zip(old, new, strict=True)
     ]
-    return Residuals(tuple(rows), {v: rows.index(v) for v in kept}, tuple(states), moving)
+    return Residuals(tuple(rows), {v: rows.index(v) for v in kept}, tuple(states), active)
 
 
 def _spares(
-    before: Var, after: Var, program: Program, kept: Sequence[Var], moving: set[Var]
+    before: Var, after: Var, program: Program, kept: Sequence[Var], active: set[Var]
 ) -> bool:
     """Whether the state before a step is not needed if it is kept as it is after it."""
-    if not jnp.issubdtype(dtype(after), jnp.inexact):
+    if not is_inexact(after):
         return False
-    return before in _needed(program, kept, moving) and before not in _needed(
-        program, [*kept, after], moving
+    return before in _needed(program, kept, active) and before not in _needed(
+        program, [*kept, after], active
     )
 
 
-def _needed(program: Program, kept: Sequence[Var], moving: set[Var]) -> set[Var]:
+def _needed(program: Program, kept: Sequence[Var], active: set[Var]) -> set[Var]:
     """The variables whose values the tangent of a step has to have, if it has those of `kept`."""
     needed: set[Var] = set()
     known = set(kept)
@@ -114,19 +122,19 @@ def _needed(program: Program, kept: Sequence[Var], moving: set[Var]) -> set[Var]
         operands, results = equation.invars, equation.outvars
         if any(v in needed and v not in known for v in results):
             needed |= set(variables(operands))
-        elif not any(v in moving for v in results):
+        elif not any(v in active for v in results):
             continue
         elif is_linear(equation):
             needed |= set(variables(operands[:1] if equation.primitive is select_n_p else []))
         elif equation.primitive in PRODUCTS or equation.primitive is mul_p:
             for one, other in (operands, reversed(operands)):
-                needed |= set(variables([one] if moving.intersection(variables([other])) else []))
+                needed |= set(variables([one] if active.intersection(variables([other])) else []))
         elif slope_by_output(equation) is None or not known.issuperset(results):
             needed |= set(variables(operands))
     return needed
 
 
-def _kept(program: Program, consts: Sequence[Var], moving: set[Var]) -> list[Var]:
+def _kept(program: Program, consts: Sequence[Var], active: set[Var]) -> list[Var]:
     """The variables of a step that its derivative must not have to compute again.
 
     A sum of products is needed only where something nonlinear reads it; through linear equations
@@ -139,13 +147,13 @@ def _kept(program: Program, consts: Sequence[Var], moving: set[Var]) -> list[Var
     term may differ in its last digit, and none would: the terms are kept.
     """
     readers, splits = _readers(program), only_split(program)
-    compared, differentiated = _compared(program), _differentiated(program, moving)
+    compared, differentiated = _compared(program), _differentiated(program, active)
     costly: set[Var] = set()
     reduced: set[Var] = set()  # those of `costly` that are few numbers made of many
     kept: dict[Var, None] = {}
     for equation in program.equations:
         read_here = [v for v in variables(equation.invars) if v in costly]
-        moves = equation.outvars[0] in moving
+        is_active_here = equation.outvars[0] in active
         looked_up = equation.primitive is gather_p and equation.invars[0] in consts
         heavy = is_heavy(equation) and not looked_up
         if equation.primitive in EXTREMES and equation.outvars[0] in differentiated:
@@ -162,13 +170,13 @@ def _kept(program: Program, consts: Sequence[Var], moving: set[Var]) -> list[Var
                 continue
             reduced |= set(equation.outvars)
         # To draw random bits again costs more than to keep them.
-        if heavy or equation.primitive in RANDOM or (read_here and not moves):
+        if heavy or equation.primitive in RANDOM or (read_here and not is_active_here):
             costly |= set(equation.outvars)
-        elif read_here and (is_linear(equation) or _scales(equation, read_here, moving)):
+        elif read_here and (is_linear(equation) or _scales(equation, read_here, active)):
             costly |= set(equation.outvars)
-            kept |= dict.fromkeys(v for v in read_here if v not in moving)
+            kept |= dict.fromkeys(v for v in read_here if v not in active)
             continue
-        if moves and read_here:
+        if is_active_here and read_here:
             by_output = slope_by_output(equation) and all(readers[v] == 1 for v in read_here)
             results = splits.get(equation.outvars[0], equation).outvars
             kept |= dict.fromkeys(results if by_output else read_here)
@@ -179,7 +187,7 @@ def _reduces(equation: Equation) -> bool:
     """Whether each result is the sum or the extreme of many numbers, which are not kept."""
     return (
         (equation.primitive is reduce_sum_p or equation.primitive in EXTREMES)
-        and jnp.issubdtype(dtype(equation.outvars[0]), jnp.inexact)
+        and is_inexact(equation.outvars[0])
         and size(equation.invars[0]) >= _MANY * size(equation.outvars[0])
     )
 
@@ -193,20 +201,20 @@ def _compared(program: Program) -> set[Var]:
     )
 
 
-def _differentiated(program: Program, moving: set[Var]) -> set[Var]:
+def _differentiated(program: Program, active: set[Var]) -> set[Var]:
     """What has a tangent that enters into one of a result."""
-    wanted = moving.intersection(variables(program.outvars))
+    wanted = active.intersection(variables(program.outvars))
     for equation in reversed(program.equations):
         if not wanted.isdisjoint(equation.outvars):
-            wanted |= moving.intersection(variables(equation.invars))
+            wanted |= active.intersection(variables(equation.invars))
     return wanted
 
 
-def _scales(equation: Equation, costly: Sequence[Var], moving: set[Var]) -> bool:
+def _scales(equation: Equation, costly: Sequence[Var], active: set[Var]) -> bool:
     """Whether `equation` multiplies what is `costly` by what has no tangent, number by number."""
     if equation.primitive is not mul_p:
         return False
-    moved = [a for a in equation.invars if isinstance(a, Var) and a in moving]
+    moved = [a for a in equation.invars if isinstance(a, Var) and a in active]
     return len(moved) == 1 and moved[0] in costly and size(moved[0]) == size(equation.outvars[0])
 
 
@@ -220,7 +228,7 @@ def only_split(program: Program) -> dict[Var, Equation]:
     return {
         v: e
         for e in program.equations
-        if e.primitive is split_p()
+        if e.primitive is split_p
         for v in variables(e.invars)
         if v in results and readers[v] == 1
     }
@@ -233,7 +241,7 @@ def _readers(program: Program) -> Counter[Var]:
     return readers
 
 
-def is_moving(tangent: Any) -> bool:
+def is_active(tangent: Any) -> bool:
     """Whether a tangent, as a rule with symbolic zeros gets it, is more than a zero."""
     return not isinstance(tangent, SymbolicZero) and tangent.dtype != jax.dtypes.float0
 

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from jaxrnn import _arguments, _masking
 from jaxrnn._arguments import Operands, Step
 from jaxrnn._eager import is_jit_disabled, run_compiled
+from jaxrnn._finite_gradient import has_finite_gradient
 from jaxrnn._jaxpr import program_of
 from jaxrnn._options import Options, ScanOptions, engine_options, flag, normalize_unroll
-from jaxrnn._passes import time_first
-from jaxrnn._placement import placed_as, varying_as, zeros_of
 from jaxrnn._scan import scan_along
-from jaxrnn._smooth import is_smooth
+from jaxrnn._sharding import placed_as, varying_as, zeros_of
+from jaxrnn._time_axis import time_first
 
 Array = jax.Array
 PyTree = Any
@@ -178,13 +178,13 @@ def run(
     held = _initial_output(known.output_like, states, flags) if carry_output else None
     fill_input = fill_states = None
     if valid is not None:
-        # At the state that is held a smooth step is as safe as at those that it begins with.
+        # At the state that is held such a step is as safe as at those that it begins with.
         fill_input, fill_states = _masking.substitutes(
-            valid, inputs, None if known.smooth else states, options.go_backwards
+            valid, inputs, None if known.has_finite_gradient else states, options.go_backwards
         )
-    # Samples that hold a state of their own through a smooth step, which is fed what they hold.
-    holding = valid if known.smooth else None
-    start = states if holding is None else _masking.without_lost(holding, states)
+    # Samples that hold a state of their own through such a step, which is fed what they hold.
+    holding = valid if known.has_finite_gradient else None
+    start = states if holding is None else _masking.zero_nonfinite_unstepped(holding, states)
     chunk = options.chunk
     time = jax.tree.leaves(inputs)[0].shape[0]
     selects = carry_output and not options.return_all_outputs and valid is not None
@@ -200,7 +200,7 @@ def run(
         fed = old_states
         if valid_t is not None:
             input_t = _masking.select(valid_t, input_t, fill_input)
-            if not known.smooth:
+            if not known.has_finite_gradient:
                 fed = _masking.select(valid_t, old_states, fill_states)
         output, new_states = step(input_t, fed)
         y = output
@@ -237,7 +237,7 @@ def run(
         new_states = _masking.select(jnp.any(holding, axis=0), new_states, states)
         if known.output_is_state and options.shows_held:
             first = _first_state(states)
-            outputs = _masking.with_lost(holding, outputs, first, axis)
+            outputs = _masking.restore_nonfinite_unstepped(holding, outputs, first, axis)
     last = held if carry_output else _first_state(new_states)
     remembered = last if hold else None
     return *_assemble(options, valid, remembered, outputs), new_states
@@ -282,13 +282,13 @@ class _Known(NamedTuple):
         output_like: what the output is like.
         state_types: the types of the new states.
         output_is_state: whether the output is, leaf by leaf, the first state.
-        smooth: see `_smooth`.
+        has_finite_gradient: see `_finite_gradient.py`.
     """
 
     output_like: _Like
     state_types: list[jax.ShapeDtypeStruct]
     output_is_state: bool
-    smooth: bool
+    has_finite_gradient: bool
 
 
 def _settled(
@@ -332,10 +332,10 @@ def _trace_step(step: Step, inputs: PyTree, states: PyTree) -> _Known:
     if is_jit_disabled():
         results = trace(inputs, states)
         output, new_states = jax.eval_shape(lambda: results)
-        return _Known(_Like(output, tree), new_states, is_state, smooth=False)
+        return _Known(_Like(output, tree), new_states, is_state, has_finite_gradient=False)
     jaxpr, (output, new_states) = jax.make_jaxpr(trace, return_shape=True)(inputs, states)
-    smooth = is_smooth(program_of(jaxpr.jaxpr), len(new_states))
-    return _Known(_Like(output, tree), new_states, is_state, smooth)
+    is_safe = has_finite_gradient(program_of(jaxpr.jaxpr), len(new_states))
+    return _Known(_Like(output, tree), new_states, is_state, is_safe)
 
 
 def _initial_output(output_like: _Like, states: PyTree, flags: Sequence[Array]) -> PyTree:

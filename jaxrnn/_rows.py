@@ -9,8 +9,8 @@ from jax import lax
 
 from jaxrnn._fission import Loop
 from jaxrnn._jaxpr import Atom
-from jaxrnn._passes import time_first, time_on
-from jaxrnn._placement import zeros_of
+from jaxrnn._sharding import zeros_of
+from jaxrnn._time_axis import time_first, time_on
 
 Array = jax.Array
 PyTree = Any

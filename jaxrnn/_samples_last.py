@@ -20,10 +20,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxrnn._block import Steps
-from jaxrnn._choice import samples_last
-from jaxrnn._equations import multiply_adds, product_options
-from jaxrnn._fission import Kind, Loop, Plan, Stage
-from jaxrnn._form import Form
+from jaxrnn._choice import samples_last_pay
+from jaxrnn._equations import column_ranges, multiply_adds, product_options, take_ranges
+from jaxrnn._fission import Loop, Plan, Purpose, Stage
 from jaxrnn._gains import take_all_cores
 from jaxrnn._jaxpr import (
     Atom,
@@ -43,10 +42,8 @@ from jaxrnn._jaxpr import (
     variables,
 )
 from jaxrnn._kernel import without_calls
-from jaxrnn._lazy import columns, ranges
-from jaxrnn._placement import is_placed
 from jaxrnn._primitives import (
-    BY_ELEMENT,
+    ELEMENTWISE,
     PRODUCTS,
     REDUCTIONS,
     broadcast_in_dim_p,
@@ -54,11 +51,13 @@ from jaxrnn._primitives import (
     dot_general_p,
     transpose_p,
 )
+from jaxrnn._samples_last_form import Form
+from jaxrnn._sharding import is_placed
 
 Array = jax.Array
 
 
-class _MisfitError(Exception):
+class _CannotTransposeError(Exception):
     """A loop does what its values would have to be transposed for."""
 
 
@@ -78,13 +77,13 @@ class _Turning(NamedTuple):
     rows: list[_Derived]
 
 
-def in_one_loop(plan: Plan, steps: Steps) -> Plan | None:
+def with_samples_last(plan: Plan, steps: Steps) -> Plan | None:
     """`plan` without a pass before its one loop, with the samples last in that, if this pays.
 
     Beside a readout results alone gain less: it would wait for the loop, and run block by block.
     """
     with_loop = [i for i, stage in enumerate(plan.stages) if stage.loop is not None]
-    if steps.how != "sequential" or not steps.adapts or with_loop != [0]:
+    if steps.loop_method != "sequential" or not steps.adapts or with_loop != [0]:
         return None
     (program, loop), *after = plan.stages
     assert loop is not None
@@ -112,8 +111,8 @@ def in_one_loop(plan: Plan, steps: Steps) -> Plan | None:
     ys = (*loop.ys, *made)
     whole = loop._replace(program=spelled_out, consts=consts, xs=xs, ys=ys)
     readouts = [e for stage in after for e in stage.program.equations if multiply_adds(e)]
-    has_pass = take_all_cores(program.equations) or (plan.kind == "results" and bool(readouts))
-    turned = _turned(whole, plan.kind, has_pass)
+    has_pass = take_all_cores(program.equations) or (plan.purpose == "results" and bool(readouts))
+    turned = _turned(whole, plan.purpose, has_pass)
     if turned is None:
         return None
     return plan._replace(
@@ -123,9 +122,9 @@ def in_one_loop(plan: Plan, steps: Steps) -> Plan | None:
     )
 
 
-def in_loops(plan: Plan, steps: Steps) -> Plan:
+def tangent_with_samples_last(plan: Plan, steps: Steps) -> Plan:
     """`plan` of a tangent, with the samples last in those of its loops where that pays."""
-    if steps.how != "sequential":
+    if steps.loop_method != "sequential":
         return plan
     stages, times, invariant = [], dict(plan.times), plan.invariant
     for stage in plan.stages:
@@ -160,15 +159,15 @@ def _with(program: Program, derived: Sequence[_Derived]) -> Program:
     )
 
 
-def _turned(loop: Loop, kind: Kind, has_pass: bool = False) -> _Turning | None:
+def _turned(loop: Loop, purpose: Purpose, has_pass: bool = False) -> _Turning | None:
     """A loop with the samples last, if that fits and pays."""
     for is_even in (True, False):
-        samples = _samples(loop, kind, is_even, has_pass)
+        samples = _samples(loop, purpose, is_even, has_pass)
         if samples is None:
             return None
         try:
-            return _in_form(loop, Form(samples, is_even), kind == "tangent")
-        except _MisfitError:
+            return _in_form(loop, Form(samples, is_even), purpose == "tangent")
+        except _CannotTransposeError:
             continue
     return None
 
@@ -177,7 +176,7 @@ def _in_form(loop: Loop, form: Form, is_tangent: bool) -> _Turning:
     """A loop that holds its arrays in a form.
 
     Raises:
-        _MisfitError: if it cannot.
+        _CannotTransposeError: if it cannot.
     """
     n, m = len(loop.consts), len(loop.consts) + len(loop.carry)
     inputs = loop.program.invars
@@ -214,7 +213,7 @@ def _in_form(loop: Loop, form: Form, is_tangent: bool) -> _Turning:
     ]
     traced = trace(step, *types)
     if traced.consts:
-        raise _MisfitError
+        raise _CannotTransposeError
     turned = loop._replace(
         program=traced.program,
         consts=(*loop.consts, *(each.variable for each in consts)),
@@ -269,10 +268,10 @@ class _Step:
             return [self._broadcast(equation, operands[0])]
         if not any(isinstance(x, _Held) for x in operands):
             return bind(equation, operands)
-        if primitive in BY_ELEMENT:
+        if primitive in ELEMENTWISE:
             results = bind(equation, self._alike(equation, operands))
-        elif (cuts := columns(equation)) is not None:
-            results = ranges(operands[0].array, form.ranges(cuts), form.axis)
+        elif (cuts := column_ranges(equation)) is not None:
+            results = take_ranges(operands[0].array, form.ranges(cuts), form.axis)
         elif primitive is concatenate_p and params["dimension"] == 1:
             held = [self._held(a, x) for a, x in zip(equation.invars, operands, strict=True)]
             results = [lax.concatenate(held, form.axis)]
@@ -282,7 +281,7 @@ class _Step:
             axes = tuple(1 - axis for axis in params["axes"])
             return [primitive.bind(operands[0].array, **(params | {"axes": axes}))]
         else:
-            raise _MisfitError
+            raise _CannotTransposeError
         return list(map(_Held, results))
 
     def _product(self, equation: Equation, rows: Any, matrix: Array) -> _Held:
@@ -307,7 +306,7 @@ class _Step:
             plain = self._plain(equation.invars[0], operand)
             return _Held(lax.broadcast_in_dim(plain, lengths, places).T)
         if places:
-            raise _MisfitError
+            raise _CannotTransposeError
         return _Held(jnp.broadcast_to(operand, (1, math.prod(lengths))))
 
     def _alike(self, equation: Equation, operands: Sequence[Any]) -> list[Array]:
@@ -315,7 +314,7 @@ class _Step:
         held = [self._held(a, x) for a, x in zip(equation.invars, operands, strict=True)]
         whole = size(equation.outvars[0])
         if self.form.is_even and any(jnp.size(x) not in (1, whole) for x in held):
-            raise _MisfitError
+            raise _CannotTransposeError
         return held
 
     def _held(self, atom: Atom, operand: Any) -> Array:
@@ -326,7 +325,7 @@ class _Step:
         if self._is_whole(atom):
             return self.form.hold(operand)
         if len(shape(atom)) != 2 or self.form.is_even:
-            raise _MisfitError
+            raise _CannotTransposeError
         return operand.T
 
     def _is_whole(self, atom: Atom) -> bool:
@@ -341,7 +340,7 @@ class _Step:
         return released[:1] if is_lone else released
 
 
-def _samples(loop: Loop, kind: Kind, is_even: bool, has_pass: bool) -> int | None:
+def _samples(loop: Loop, purpose: Purpose, is_even: bool, has_pass: bool) -> int | None:
     """The number of samples of a loop, if they had better be last."""
     n = len(loop.consts)
     consts = loop.program.invars[:n]
@@ -358,7 +357,7 @@ def _samples(loop: Loop, kind: Kind, is_even: bool, has_pass: bool) -> int | Non
     weights = sum(map(size_in_bytes, variables(e.invars[1] for e in products)))
     units = max((shape(v)[1] for v in states if len(shape(v)) == 2), default=0)
     has_gates = any(shape(e.outvars[0])[1] > units for e in products)
-    pays = samples_last(samples, weights, has_gates, kind, is_even, has_pass)
+    pays = samples_last_pay(samples, weights, has_gates, purpose, is_even, has_pass)
     return samples if pays else None
 
 

@@ -1,7 +1,7 @@
 """`scan`: `jax.lax.scan` run as an expert would have written it, over blocks of time."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,23 +10,23 @@ from jax import lax
 
 from jaxrnn._affine import is_parallel
 from jaxrnn._algebra import simplify
-from jaxrnn._anew import is_anew
 from jaxrnn._block import Axes, Steps, over_blocks, run_plain
 from jaxrnn._block_length import block_length, recomputed_block, steps_of
 from jaxrnn._checkpoints import through_checkpoints
 from jaxrnn._choice import fits_kernel, is_soon_made_again, kernels_pay, why_not_worthwhile
+from jaxrnn._device import is_lone_cpu
 from jaxrnn._eager import is_jit_disabled, run_compiled
-from jaxrnn._equations import is_heavy, is_movable, is_of_another_width
-from jaxrnn._fission import How, Plan, fission
+from jaxrnn._equations import can_run_batched, is_heavy, is_of_another_width
+from jaxrnn._every_step import must_run_every_step
+from jaxrnn._fission import LoopMethod, Plan, fission
 from jaxrnn._gains import only_for_gradients
-from jaxrnn._jaxpr import Traced, dtype, is_weak, kind, trace, weak_as
+from jaxrnn._invariant_carry import Body, old_and_new, without_unchanged
+from jaxrnn._jaxpr import Traced, carry_type, dtype, is_weak, trace, weak_as
 from jaxrnn._options import ScanOptions, as_int, engine_options, time_of
-from jaxrnn._passes import time_first, time_on
-from jaxrnn._placement import is_lone_cpu
 from jaxrnn._recurrence import Results, run_split, run_with_derivative_of
-from jaxrnn._samples_last import in_one_loop
-from jaxrnn._shared import share
-from jaxrnn._unchanged import Body, old_and_new, without_unchanged
+from jaxrnn._samples_last import with_samples_last
+from jaxrnn._time_axis import time_first, time_on
+from jaxrnn._unbatched_weights import share
 from jaxrnn._vmapped import scan_samples
 
 Array = jax.Array
@@ -73,8 +73,9 @@ def scan(
         The last carry, and ys as a pytree of arrays `[T, ...]`.
 
     Raises:
-        ValueError: for an option that does not fit, "fused" for a recurrence that fits no kernel
-            and "parallel" for one that is not affine among them; and what `jax.lax.scan` raises.
+        ValueError: for an option that does not fit, among them "fused" for a recurrence that cannot
+            run as one kernel and "parallel" for one that is not affine; and what `jax.lax.scan`
+            raises.
     """
     engine = engine_options(chunk, remat, method)
     options = ScanOptions(as_int(length), reverse, unroll, **engine)
@@ -86,23 +87,34 @@ def scan(
 class Split(NamedTuple):
     """A body after fission: the plan, what it closes over, and the first carry, flat.
 
-    `traced` is the body before fission, `program(*traced.consts, *carry, *x)`; `how` says in what
-    way its recurrences are run.
+    `traced` is the body before fission, `program(*traced.consts, *carry, *x)`; `loop_method`
+    says how its recurrences are run.
     """
 
     plan: Plan
     consts: tuple[Any, ...]
     carry: list[Any]
     traced: Traced
-    how: How
+    loop_method: LoopMethod
 
 
-class Way(NamedTuple):
+class Blocking(NamedTuple):
     """How a split body is run: its steps, timesteps per block, whether a gradient runs it again."""
 
     steps: Steps
     block: int
     remat: bool
+
+
+class Decision(NamedTuple):
+    """How a split body is run where no gradient is taken, and where one is.
+
+    Without a gradient, plain `lax.scan` may have the results just as soon: then they are `plain`.
+    """
+
+    results: Blocking
+    gradient: Blocking
+    is_plain: bool
 
 
 def _scan(f: Body, options: ScanOptions, operands: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
@@ -175,8 +187,8 @@ def _otherwise(
     Of inputs here are the leaves: a class among their nodes may refuse to hold axes.
     """
     if varying := without_unchanged(f, init, *body[:2]):
-        (moving, ys), axis = _scan_along(varying.f, varying.init, xs, axes, ys_axis, options)
-        return (varying.whole(moving), ys), axis
+        (last, ys), axis = _scan_along(varying.f, varying.init, xs, axes, ys_axis, options)
+        return (varying.whole(last), ys), axis
     traced, first, _ = body
 
     def again(f: Body, init: PyTree, xs: PyTree, axes: PyTree) -> Any:
@@ -189,39 +201,37 @@ def _otherwise(
 
 def _run(split: Split, xs: list[Array], axes: Axes, options: ScanOptions) -> list[Array]:
     """The last carry and ys of a split body, flat, with time of xs and ys on `axes`."""
-    plan, (time, reverse, unroll, chunk, remat, method) = split.plan, options
-    block = block_length(chunk, remat, time, plan, split.how)
-    steps = steps_of(time, reverse, unroll, chunk, plan, split.how)
+    plan, decision = split.plan, decide(split, options)
+    steps = decision.results.steps
 
-    def run(way: Way, consts: list[Any], carry: list[Array], xs: list[Array]) -> Results:
-        return run_split(plan, consts, carry, xs, axes, *way)
+    def run(blocking: Blocking, consts: list[Any], carry: list[Array], xs: list[Array]) -> Results:
+        return run_split(plan, consts, carry, xs, axes, *blocking)
 
     def run_whole(consts: list[Any], carry: list[Array], xs: list[Array]) -> Results:
         program, before = split.traced.program, consts[len(consts) - len(split.traced.consts) :]
         last, ys = run_plain(program, before, carry, list(map(time_first, xs, axes.xs)), steps)
         return last, list(map(time_on, ys, axes.ys))
 
-    way = Way(steps, block, remat)
-    results: Callable[..., Results] = functools.partial(run, way)
-    derivative = results
-    if (other := way_of_gradient(split, way, chunk)) != way:
-        derivative = functools.partial(run, other)
-    if only_for_gradients(plan, time, chunk, remat, method) and in_one_loop(plan, steps) is None:
-        results = run_whole
+    derivative = functools.partial(run, decision.gradient)
     operands = list(split.consts), list(split.carry), xs
-    if results is derivative:
-        carry, ys = results(*operands)
+    if not decision.is_plain and decision.gradient == decision.results:
+        carry, ys = derivative(*operands)
     else:
+        results = run_whole if decision.is_plain else functools.partial(run, decision.results)
         carry, ys = run_with_derivative_of(derivative, results, operands)
     return [*carry, *ys]
 
 
-def way_of_gradient(split: Split, way: Way, chunk: int | str | None) -> Way:
-    """How results are run for a gradient, if so for themselves."""
-    steps, _, remat = way
-    if recomputed := recomputed_block(split.plan, steps.length, chunk, remat, split.how):
-        return Way(steps, recomputed, True)
-    return way
+def decide(split: Split, options: ScanOptions) -> Decision:
+    """How to run a split body."""
+    plan, (time, reverse, unroll, chunk, remat, method) = split.plan, options
+    block = block_length(chunk, remat, time, plan, split.loop_method)
+    steps = steps_of(time, reverse, unroll, chunk, plan, split.loop_method)
+    results = gradient = Blocking(steps, block, remat)
+    if recomputed := recomputed_block(plan, time, chunk, remat, split.loop_method):
+        gradient = Blocking(steps, recomputed, True)
+    is_plain = only_for_gradients(plan, time, chunk, remat, method)
+    return Decision(results, gradient, is_plain and with_samples_last(plan, steps) is None)
 
 
 def _as_traced(results: Sequence[Array], traced: Traced) -> PyTree:
@@ -250,7 +260,7 @@ def trace_body(
     As a program it is `traced.program(*traced.consts, *carry, *x)`, flat.
     """
     if method == "lax":
-        return "it was asked for"
+        return "method='lax' was asked for"
     carry, carry_tree = jax.tree.flatten(jax.tree.map(jnp.asarray, init))
     x, x_tree = _first_row(xs)
 
@@ -261,7 +271,7 @@ def trace_body(
     traced = trace(flat, *carry, *x)
     results = traced.out_tree.children()
     if len(results) != 2 or results[0] != carry_tree:
-        return "it says what is wrong with the step"
+        return "the step does not return a carry like its own, which lax.scan reports"
     promoted = _made_strong(carry, traced, of_its_dtype=False)  # as `lax.scan` does it
     if any(c is not p for c, p in zip(carry, promoted, strict=True)):
         carry = promoted
@@ -269,20 +279,24 @@ def trace_body(
 
     program = traced.program
     changes = any(
-        kind(old) != kind(new) or (is_weak(new) and not is_weak(old))
+        carry_type(old) != carry_type(new) or (is_weak(new) and not is_weak(old))
         for old, new in old_and_new(traced, len(carry))
     )
     if traced.has_effects and method in ("fused", "parallel"):
-        raise ValueError(f"method={method!r}: the step has effects (a print, a collective, ...).")
+        raise ValueError(
+            f"method={method!r}: the step has effects (a print, a collective, ...), "
+            "which only method='auto', 'sequential' and 'lax' allow."
+        )
     # JAX's rules of a product ask for the width that is allowed where they run, not where it is.
     is_wide = any(map(is_of_another_width, program.equations))
     # Under `vmap` even one in a `cond` may leave the loop.
     has_heavy = any(map(is_heavy, program.equations))
     reasons = {
-        "the step has effects, as a print or a callback has": traced.has_effects,
+        "the step has effects (a print, a callback, a collective)": traced.has_effects,
         "the step changes the type of its state": changes,
-        "a product in the step has a width that is not enabled here": is_wide,
-        "the step has no product and draws no bits": not has_heavy and not _gains_anyway(method),
+        "a matmul in the step has a dtype that is not enabled here (jax_enable_x64)": is_wide,
+        "the step has no matmul and draws no random bits": not has_heavy
+        and not _gains_anyway(method),
     }
     if why := next((reason for reason, holds in reasons.items() if holds), None):
         return why
@@ -311,23 +325,23 @@ def split_body(
     """A body, from `trace_body`, after fission, or why the engine stands aside."""
     opened = through_checkpoints(traced, [*carry, *x])
     traced = share(opened or traced, [*carry, *x])
-    has_movable = any(is_heavy(e) and is_movable(e) for e in traced.program.equations)
-    if not has_movable and not _gains_anyway(method):
-        return "no product or draw of bits in the step can be moved"
+    has_any = any(is_heavy(e) and can_run_batched(e) for e in traced.program.equations)
+    if not has_any and not _gains_anyway(method):
+        return "no matmul or random draw can be moved out of the loop"
     example = [*traced.consts, *carry, *x]
     body = simplify(traced.program, len(traced.consts), len(carry), example)
     consts = (*body.consts, *traced.consts)
     plan = fission(body.program, len(consts), len(carry))
-    if any(map(is_anew, plan.invariant.equations)):
-        return "what is the same at all steps has a backward rule, or draws, to be run at each"
-    how: How = "fused" if fits_kernel(plan, method) else "sequential"
-    how = "parallel" if is_parallel(plan, method) else how
-    if method == "auto" and how == "sequential":
+    if any(map(must_run_every_step, plan.invariant.equations)):
+        return "a custom_vjp function or draw that is the same at all steps has to run at each"
+    loop_method: LoopMethod = "fused" if fits_kernel(plan, method) else "sequential"
+    loop_method = "parallel" if is_parallel(plan, method) else loop_method
+    if method == "auto" and loop_method == "sequential":
         if why := why_not_worthwhile(plan, time, chunk):
-            return f"no faster taken apart, as {why}"
+            return f"splitting would not be faster: {why}"
         if not is_soon_made_again(plan, time, chunk):
-            return "what is under a checkpoint would take too long to make again"
-    return Split(plan, consts, carry, traced, how)
+            return "recomputing what is under a checkpoint would take too long"
+    return Split(plan, consts, carry, traced, loop_method)
 
 
 def _gains_anyway(method: str) -> bool:
@@ -345,4 +359,4 @@ def _is_kernel(
         split = split_body(*body, method, time, chunk)
     except ValueError:
         return False
-    return not isinstance(split, str) and split.how == "fused"
+    return not isinstance(split, str) and split.loop_method == "fused"

@@ -16,8 +16,8 @@ step, or a readout and the output that a masked step holds: the product then lea
 
 from collections.abc import Callable, Container, Iterable
 
-from jaxrnn._anew import is_anew
-from jaxrnn._equations import is_heavy, is_movable, is_transcendental, multiply_adds
+from jaxrnn._equations import can_run_batched, is_heavy, is_transcendental, multiply_adds
+from jaxrnn._every_step import must_run_every_step
 from jaxrnn._jaxpr import Atom, Equation, Program, Var, dependents, size, variables
 from jaxrnn._primitives import TRIGONOMETRIC
 
@@ -25,8 +25,8 @@ from jaxrnn._primitives import TRIGONOMETRIC
 def schedule(body: Program, consts: int, carry: int, is_tangent: bool = False) -> dict[Var, int]:
     """The time of every variable: the earliest at which it can be had.
 
-    In a tangent what has to run at each step, see `_anew.py`, has a loop even if it is made of
-    consts alone. Other bodies with such work are left to `lax.scan`.
+    In a tangent what has to run at each step, see `_every_step.py`, has a loop even if it is made
+    of consts alone. Other bodies with such work are left to `lax.scan`.
     """
     carries = body.invars[consts : consts + carry]
     depends = _depends(body, carries)
@@ -41,8 +41,8 @@ def schedule(body: Program, consts: int, carry: int, is_tangent: bool = False) -
         back = _bits(fed, reach)
         return bool(_union(depends, equation.invars) & (fed | back))
 
-    stays = {id(e): not is_movable(e) for e in body.equations}
-    leaves_loop = {id(e): moves(e, fixed) and not in_a_cycle(e) for e in body.equations}
+    stays = {id(e): not can_run_batched(e) for e in body.equations}
+    leaves_loop = {id(e): earns_a_pass(e, fixed) and not in_a_cycle(e) for e in body.equations}
     times: dict[Var, int] = dict.fromkeys(body.invars[:consts], -1)
     times |= dict.fromkeys(carries, 1)
     times |= dict.fromkeys(body.invars[consts + carry :], 0)
@@ -51,7 +51,7 @@ def schedule(body: Program, consts: int, carry: int, is_tangent: bool = False) -
             time = max((times[v] for v in variables(equation.invars)), default=-1)
             if time >= 0 and (leaves_loop if is_a_loop(time) else stays)[id(equation)]:
                 time += 1
-            if time == -1 and is_tangent and is_anew(equation):
+            if time == -1 and is_tangent and must_run_every_step(equation):
                 time = 1
             times |= dict.fromkeys(equation.outvars, time)
         late = {
@@ -75,12 +75,12 @@ def is_a_loop(time: int) -> bool:
     return time > 0 and time % 2 == 1
 
 
-def moves(equation: Equation, fixed: set[Var]) -> bool:
+def earns_a_pass(equation: Equation, fixed: set[Var]) -> bool:
     """Whether `equation` is worth running over a block of time at once.
 
     Products are if one side is `fixed`, the same at every step: many rows then meet one matrix.
     """
-    if not (is_heavy(equation) and is_movable(equation)):
+    if not (is_heavy(equation) and can_run_batched(equation)):
         return False
     return not multiply_adds(equation) or any(v in fixed for v in variables(equation.invars))
 

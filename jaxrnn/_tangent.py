@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxrnn._affine import run_affine
 from jaxrnn._algebra import simplify
 from jaxrnn._block import (
     Axes,
@@ -16,12 +15,11 @@ from jaxrnn._block import (
     over_blocks,
     run_block,
     run_invariant,
+    run_otherwise,
 )
 from jaxrnn._block_length import reads_in_place, tangent_block, tangent_unroll
-from jaxrnn._columns import MisfitError
 from jaxrnn._equations import slope_by_output
 from jaxrnn._fission import Loop, Plan, fission
-from jaxrnn._fused import run_fused
 from jaxrnn._jaxpr import (
     Equation,
     Program,
@@ -34,12 +32,11 @@ from jaxrnn._jaxpr import (
     trace,
     variables,
 )
-from jaxrnn._kernel import Recipe, recipe
-from jaxrnn._passes import shifted, time_first, time_on
-from jaxrnn._placement import empty_rows
-from jaxrnn._residuals import Residuals, State, is_moving, only_split
+from jaxrnn._residuals import Residuals, State, is_active, only_split
 from jaxrnn._rows import InPlace, Writer, add, adds_in_place, block_of, one_row, row_of
-from jaxrnn._samples_last import in_loops
+from jaxrnn._samples_last import tangent_with_samples_last
+from jaxrnn._sharding import empty_rows
+from jaxrnn._time_axis import shifted, time_first, time_on
 
 Array = jax.Array
 PyTree = Any
@@ -89,17 +86,17 @@ class Tangent:
         self.consts, self.carry, self.xs = list(consts), list(carry), list(xs)
         carries = program.invars[len(consts) : len(consts) + len(carry)]
         ys = program.outvars[len(carry) :]
-        self.moving_consts = [i for i, t in enumerate(t_consts) if is_moving(t)]
-        self.moving_xs = [i for i, t in enumerate(t_xs) if is_moving(t)]
-        self.moving_carry = [i for i, v in enumerate(carries) if v in held.moving]
-        self.moving_ys = [i for i, v in enumerate(ys) if isinstance(v, Var) and v in held.moving]
-        self.t_consts = [t_consts[i] for i in self.moving_consts]
+        self.active_consts = [i for i, t in enumerate(t_consts) if is_active(t)]
+        self.active_xs = [i for i, t in enumerate(t_xs) if is_active(t)]
+        self.active_carry = [i for i, v in enumerate(carries) if v in held.active]
+        self.active_ys = [i for i, v in enumerate(ys) if isinstance(v, Var) and v in held.active]
+        self.t_consts = [t_consts[i] for i in self.active_consts]
         self.t_carry = [
-            t_carry[i] if is_moving(t_carry[i]) else jnp.zeros_like(carry[i])
-            for i in self.moving_carry
+            t_carry[i] if is_active(t_carry[i]) else jnp.zeros_like(carry[i])
+            for i in self.active_carry
         ]
-        self.t_xs = [t_xs[i] for i in self.moving_xs]
-        self.axes, self.t_axes = axes, [axes.xs[i] for i in self.moving_xs]
+        self.t_xs = [t_xs[i] for i in self.active_xs]
+        self.axes, self.t_axes = axes, [axes.xs[i] for i in self.active_xs]
 
     def run(self, steps: Steps, block: int) -> tuple[list[Array], list[Array]]:
         """The tangents of the last carry and of ys, of those among them that have one."""
@@ -107,41 +104,22 @@ class Tangent:
         plan, consts, linear = self._split(in_place)
         block = tangent_block(plan, steps, block)
         steps = steps._replace(unroll=tangent_unroll(plan, steps))
-        plan = in_loops(plan, steps)
+        plan = tangent_with_samples_last(plan, steps)
         for stage in plan.stages:
             linear |= dependents(stage.program, [v for v in stage.program.invars if v in linear])
         left = self._left_in_place(plan) if in_place else [False] * len(self.held)
 
-        def run_loop(
-            writer: Writer,
-            loop: Loop,
-            consts: list[Array],
-            carry: list[Array],
-            rows: list[Array],
-            steps: Steps,
-        ) -> tuple[list[Array], list[Array]]:
-            if steps.how == "parallel":
-                done = run_affine(loop, consts, carry, rows, steps.length, steps.reverse)
-                return done or _run_loop(writer, loop, linear, consts, carry, rows, steps)
-            how = self._as_kernel(loop, linear, steps)
-            if how is not None:
-                moving = frozenset(i for i, v in enumerate(loop.xs) if v in linear)
-                return run_fused(how, consts, carry, rows, steps.length, steps.reverse, moving)
-
-            return _run_loop(writer, loop, linear, consts, carry, rows, steps)
-
         invariant = run_invariant(plan, consts)
-
         t_rows = dict(enumerate(zip(self.t_xs, self.t_axes, strict=True)))
         sliced = {i: rows for i, rows in t_rows.items() if adds_in_place(rows[0])}
         blocked = {i: time_first(*rows) for i, rows in t_rows.items() if i not in sliced}
         outs = plan.body.outvars[plan.carry :]
-        axes = [self.axes.ys[i] for i in self.moving_ys]
+        axes = [self.axes.ys[i] for i in self.active_ys]
 
-        def run(state: PyTree, x: PyTree, steps: Steps) -> tuple[PyTree, PyTree]:
+        def run_one(state: PyTree, x: PyTree, steps: Steps) -> tuple[PyTree, PyTree]:
             # What is only arranged anew is not kept for the gradient beside what it is made of.
             @functools.partial(jax.checkpoint, prevent_cse=False)
-            def block(
+            def tangents_of(
                 carry: list[Array],
                 whole: list[Array | None],
                 t_xs: dict[int, Array],
@@ -150,13 +128,13 @@ class Tangent:
                 t_xs = t_xs | {i: block_of(*rows, index) for i, rows in sliced.items()}
                 xs = [*(t_xs[i] for i in sorted(t_xs)), *self._known(index, steps, left)]
                 writer = Writer(outs, whole, axes, index, add)
-                of_loops = functools.partial(run_loop, writer)
+                of_loops = functools.partial(_run_loop, writer, linear)
                 carry, ys = run_block(plan, invariant, carry, xs, steps, of_loops)
                 writer.put_missing(ys)
                 stacked = [y if w is None else None for y, w in zip(ys, whole, strict=True)]
                 return (carry, writer.whole), stacked
 
-            return block(*state, *x)
+            return tangents_of(*state, *x)
 
         # What is not first in time is read where it lies by the transpose, as are t_xs sliced.
         whole = [
@@ -164,7 +142,7 @@ class Tangent:
             for v, axis in zip(outs, axes, strict=True)
         ]
         rows = (blocked, jnp.arange(steps.length))
-        (last, whole), ys = over_blocks(run, (self.t_carry, whole), rows, steps, block, False)
+        (last, whole), ys = over_blocks(run_one, (self.t_carry, whole), rows, steps, block, False)
         return last, [
             time_on(y, axis) if w is None else w for y, w, axis in zip(ys, whole, axes, strict=True)
         ]
@@ -188,18 +166,6 @@ class Tangent:
         accumulated = frozenset(inputs[start:end])
         plan = fission(body.program, end, count, "tangent", accumulated, in_place)
         return plan, consts, dependents(body.program, inputs[start:stop])
-
-    def _as_kernel(self, loop: Loop, linear: set[Var], steps: Steps) -> Recipe | None:
-        """How to run a loop, and its transpose, as one kernel each, if they are to be and fit."""
-        if steps.how != "fused" or any(v in linear for v in loop.consts):
-            return None
-        moving = [i for i, v in enumerate(loop.xs) if v in linear]
-        try:
-            how = recipe(loop.program, len(loop.consts), len(loop.carry))
-            how.kernel.transposed(how.columns_of(moving))
-        except MisfitError:
-            return None
-        return how
 
     def _left_in_place(self, plan: Plan) -> list[bool]:
         """Of the states and of what is kept, what can be read one step at a time where it lies.
@@ -255,10 +221,10 @@ class Tangent:
         )
         inputs = [*consts, *states, *xs]
         offset = len(consts)
-        moving = [
-            *self.moving_consts,
-            *(offset + i for i in self.moving_carry),
-            *(offset + len(states) + i for i in self.moving_xs),
+        active = [
+            *self.active_consts,
+            *(offset + i for i in self.active_carry),
+            *(offset + len(states) + i for i in self.active_xs),
         ]
 
         def outputs(*inputs: Array) -> list[Array]:
@@ -268,13 +234,13 @@ class Tangent:
                 operands = [read(env, a) for a in equation.invars]
                 results = self._results(equation, operands, known)
                 env.update(zip(equation.outvars, results, strict=True))
-            ys = [len(self.carry) + i for i in self.moving_ys]
-            outs = [self.program.outvars[i] for i in (*self.moving_carry, *ys)]
+            ys = [len(self.carry) + i for i in self.active_ys]
+            outs = [self.program.outvars[i] for i in (*self.active_carry, *ys)]
             return [jnp.asarray(read(env, out)) for out in outs]
 
-        primals = [inputs[i] for i in moving]
+        primals = [inputs[i] for i in active]
         tangents = [*t_consts, *t_carry, *t_xs]
-        return jax.jvp(as_function_of(moving, outputs, inputs), primals, tangents)[1]
+        return jax.jvp(as_function_of(active, outputs, inputs), primals, tangents)[1]
 
     def _results(
         self, equation: Equation, operands: list[Array], known: Mapping[Var, Array]
@@ -295,25 +261,26 @@ class Tangent:
 
 def _run_loop(
     writer: Writer,
-    loop: Loop,
     linear: set[Var],
-    consts: Sequence[Array],
+    loop: Loop,
+    consts: list[Array],
     carry: list[Array],
-    rows: Sequence[Array | _Left],
+    rows: list[Any],
     steps: Steps,
 ) -> tuple[list[Array], list[Array]]:
     """Runs a loop of a tangent, the variables `linear` of which are tangents.
 
     Rows of what its caller wants on another axis than the first are put there step by step.
     """
+    if (done := run_otherwise(loop, consts, carry, rows, steps, linear)) is not None:
+        return done
     given = [(row.in_place.indices, row.rows) if isinstance(row, _Left) else row for row in rows]
     # Transposition wants the linear inputs first.
     order = sorted(range(len(rows)), key=lambda i: loop.xs[i] not in linear)
 
     def step(carry: list[Array], x: list[Any]) -> tuple[list[Array], list[Array]]:
         xs = {i: _row(rows[i], value) for i, value in zip(order, x, strict=True)}
-        outs = loop.program.run(*consts, *carry, *(xs[i] for i in range(len(rows))))
-        return outs[: len(carry)], outs[len(carry) :]
+        return loop.program.step(consts, carry, [xs[i] for i in range(len(rows))])
 
     step = jax.checkpoint(step, prevent_cse=False)
     return writer.scan(loop, step, carry, [given[i] for i in order], steps.scan)

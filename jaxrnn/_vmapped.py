@@ -28,7 +28,7 @@ class _NotMappedError(Exception):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _How:
+class _Call:
     """What the primitive is told.
 
     Attributes:
@@ -50,8 +50,7 @@ class _How:
         return len(self.program.invars) - self.consts - len(self.axes)
 
     def step(self, consts: Sequence[Array], carry: Sequence[Array], x: Sequence[Array]) -> Any:
-        outs = self.program.run(*consts, *carry, *x)
-        return outs[: self.carry], outs[self.carry :]
+        return self.program.step(consts, carry, x)
 
 
 class _Reference:
@@ -60,8 +59,8 @@ class _Reference:
     JAX keeps the parameters of a primitive of which it has asked the types of its results.
     """
 
-    def __init__(self, how: _How):
-        self.to = weakref.ref(how)
+    def __init__(self, call: _Call):
+        self.to = weakref.ref(call)
 
 
 def scan_samples(
@@ -87,9 +86,9 @@ def scan_samples(
     Returns:
         The last carry and ys, one after the other; None if there is no such `vmap`.
     """
-    how = _How(program, len(consts), tuple(axes), is_kernel, scan)
+    call = _Call(program, len(consts), tuple(axes), is_kernel, scan)
     try:
-        return list(_scan_p.bind(*consts, *carry, *xs, reference=_Reference(how)))
+        return list(_scan_p.bind(*consts, *carry, *xs, reference=_Reference(call)))
     except _NotMappedError:
         return None
 
@@ -100,16 +99,16 @@ def _batch(
     dims: Sequence[Any],
     reference: _Reference,
 ) -> Any:
-    how = reference.to()
-    assert how is not None, "the caller holds it"
-    consts, carry, xs = parts(operands, how.consts, how.carry)
-    of_consts, of_carry, of_xs = parts(dims, how.consts, how.carry)
+    call = reference.to()
+    assert call is not None, "the caller holds it"
+    consts, carry, xs = parts(operands, call.consts, call.carry)
+    of_consts, of_carry, of_xs = parts(dims, call.consts, call.carry)
     if all(dim is None for dim in dims):
-        last, ys = how.scan(functools.partial(how.step, consts), carry, xs, list(how.axes))
+        last, ys = call.scan(functools.partial(call.step, consts), carry, xs, list(call.axes))
         return [*last, *ys], [None] * (len(last) + len(ys))
-    if _maps_weights(how, dims) or how.is_kernel():
+    if _maps_weights(call, dims) or call.is_kernel():
         raise _NotMappedError
-    samples, new = _mapped(how, dims)
+    samples, new = _mapped(call, dims)
     carry = [
         c if not yes
         else batching.broadcast(c, axis.size, 0, axis.explicit_mesh_axis) if dim is None
@@ -117,13 +116,13 @@ def _batch(
         for c, dim, yes in zip(carry, of_carry, samples, strict=True)
     ]  # fmt: skip
     # Inputs stay as they lie: where time and samples are is told apart.
-    times = [t + (d is not None and d <= t) for t, d in zip(how.axes, of_xs, strict=True)]
+    times = [t + (d is not None and d <= t) for t, d in zip(call.axes, of_xs, strict=True)]
     rows = [d if d is None or d < t else d - 1 for t, d in zip(times, of_xs, strict=True)]
     places = [0 if yes else None for yes in samples]
     outs = [0 if yes else None for yes in new]
 
     mapped = jax.vmap(
-        how.step,
+        call.step,
         (of_consts, places, rows),
         (places, outs),
         axis_name=axis.name,
@@ -132,29 +131,29 @@ def _batch(
     )
     step = functools.partial(mapped, consts)
 
-    last, ys = how.scan(step, carry, xs, times)
+    last, ys = call.scan(step, carry, xs, times)
     return [*last, *ys], [*places, *(None if out is None else 1 for out in outs)]
 
 
-def _mapped(how: _How, dims: Sequence[Any]) -> tuple[list[bool], list[bool]]:
+def _mapped(call: _Call, dims: Sequence[Any]) -> tuple[list[bool], list[bool]]:
     """Which carries, and which ys, differ between samples."""
-    inputs, outs = how.program.invars, how.program.outvars
+    inputs, outs = call.program.invars, call.program.outvars
     sources = [v for v, dim in zip(inputs, dims, strict=True) if dim is not None]
-    reached = dependents_in_time(how.program, sources, how.consts, how.carry)
-    carry = inputs[how.consts : how.consts + how.carry]
-    differ = [isinstance(out, Var) and out in reached for out in outs[how.carry :]]
+    reached = dependents_in_time(call.program, sources, call.consts, call.carry)
+    carry = inputs[call.consts : call.consts + call.carry]
+    differ = [isinstance(out, Var) and out in reached for out in outs[call.carry :]]
     return [v in reached for v in carry], differ
 
 
-def _maps_weights(how: _How, dims: Sequence[Any]) -> bool:
+def _maps_weights(call: _Call, dims: Sequence[Any]) -> bool:
     """Whether weights differ between samples, as in an ensemble.
 
     Then the engine had better see one member: products of many matrices are none that it knows.
     """
-    inputs = how.program.invars
-    mapped = [v for v, dim in zip(inputs[: how.consts], dims, strict=False) if dim is not None]
-    own = dependents(how.program, mapped) - dependents(how.program, inputs[how.consts :])
-    products = filter(multiply_adds, how.program.equations)
+    inputs = call.program.invars
+    mapped = [v for v, dim in zip(inputs[: call.consts], dims, strict=False) if dim is not None]
+    own = dependents(call.program, mapped) - dependents(call.program, inputs[call.consts :])
+    products = filter(multiply_adds, call.program.equations)
     return any(v in own for e in products for v in variables(e.invars))
 
 

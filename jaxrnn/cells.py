@@ -77,7 +77,7 @@ def simple_rnn(
         TypeError: if a dtype is not floating, or `activation` no function.
     """
     if not callable(activation):
-        raise TypeError(f"activation must be a function, as jnp.tanh, got {activation!r}")
+        raise TypeError(f"activation is {activation!r}; expected a function, such as jnp.tanh.")
     form = _form(
         "simple_rnn",
         units,
@@ -282,7 +282,7 @@ class _Form(NamedTuple):
         if sorted(params) != sorted(names):
             raise ValueError(
                 f"{self.name}: params has {sorted(params)}, expected {sorted(names)}; "
-                "use_bias must be what it was when the parameters were made"
+                "use_bias must be what it was when the parameters were made."
             )
         arrays = {name: jnp.asarray(params[name]) for name in names}
         if arrays["kernel"].ndim != 2:
@@ -383,7 +383,7 @@ def _form(
     units = _positive("units", units)
     for argument, value in (("param_dtype", param_dtype), ("dtype", dtype)):
         if value is not None and not jnp.issubdtype(value, jnp.floating):
-            raise TypeError(f"{argument} must be a floating dtype, got {jnp.dtype(value)}")
+            raise TypeError(f"{argument} is {jnp.dtype(value)}; expected a floating dtype.")
     columns = gates * units
     bias_shape = (*bias_rows, columns) if use_bias else None
     return _Form(name, units, columns, bias_shape, state_count, param_dtype, dtype)
@@ -396,5 +396,5 @@ def _positive(name: str, value: int | Array) -> int:
         number = 0
     if number < 1:
         got = f"an array {jax.typeof(value)}" if isinstance(value, Array) else repr(value)
-        raise ValueError(f"{name} must be a positive integer, got {got}")
+        raise ValueError(f"{name} is {got}; expected a positive integer.")
     return number

@@ -18,7 +18,7 @@ import hypothesis
 import jax
 import pytest
 
-from jaxrnn import _placement, _samples_last
+from jaxrnn import _device, _samples_last
 
 # Has no effect on tests that use one device. Must come before the first JAX operation.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -34,7 +34,7 @@ def _one_device(request, monkeypatch):
 
     And as on the same kind of CPU everywhere.
     """
-    monkeypatch.setattr(_placement, "has_wide_vectors", lambda: False)
+    monkeypatch.setattr(_device, "has_wide_vectors", lambda: False)
     if "several_devices" not in request.keywords:
         monkeypatch.setattr(jax, "device_count", lambda: 1)
 
@@ -47,4 +47,4 @@ def samples_last_everywhere(monkeypatch):
         fits = isinstance(samples, int) and samples > 0
         return fits and (is_even or kind != "tangent")
 
-    monkeypatch.setattr(_samples_last, "samples_last", samples_last)
+    monkeypatch.setattr(_samples_last, "samples_last_pay", samples_last)

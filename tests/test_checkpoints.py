@@ -237,5 +237,5 @@ def test_explain_says_what_is_not_kept(keeps):
 
     checkpointed = jax.checkpoint(step, policy=policy)
     report = jaxrnn.explain(checkpointed, jnp.moveaxis(xs, 0, 1), [h, c], method="sequential")
-    is_said = "what is under a checkpoint is made again" in report
+    is_said = "what is under a checkpoint is recomputed" in report
     assert is_said != keeps

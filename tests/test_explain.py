@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxrnn
-from jaxrnn import _gains, _placement
+from jaxrnn import _device, _gains
 
 B, T, D, H, V = 8, 24, 16, 32, 4
 # `jnp.ones` is compiled for each shape.
@@ -110,9 +110,9 @@ def test_standing_aside_is_said():
 
     reasons = {
         "asked for": explain(method="lax"),
-        "no product and draws no bits": jaxrnn.explain(count, INPUTS, STATES[:1]),
+        "no matmul and draws no random bits": jaxrnn.explain(count, INPUTS, STATES[:1]),
         "the step has effects": jaxrnn.explain(printing, INPUTS, STATES),
-        "taken apart, as one step": jaxrnn.explain(lstm_with_readout, INPUTS[:, :1], STATES),
+        "not be faster: one step": jaxrnn.explain(lstm_with_readout, INPUTS[:, :1], STATES),
         "one sample and few steps": jaxrnn.explain(
             lstm_with_readout, INPUTS[:1, :5], [state[:1] for state in STATES]
         ),
@@ -236,7 +236,7 @@ def test_results_are_in_longer_blocks_than_gradients():
         states, inputs = cell.initial_states(B), ones((B, time, features))
         report = jaxrnn.explain(step, inputs, states, method="sequential").splitlines()
         assert report[0].startswith(f'method "sequential" over {time} steps, in blocks of 5')
-        return int(report[1].removeprefix("for gradients; results in blocks of "))
+        return int(report[1].removeprefix("for gradients; without one in blocks of "))
 
     assert blocks(2048, features=16) == 2048
     assert blocks(3072, features=16) == 1024
@@ -252,12 +252,12 @@ def test_results_are_in_no_longer_blocks_where_the_loop_takes_all_cores(
     units, wide, longer, monkeypatch
 ):
     """XLA shares out a product with more than 2**16 weights; then no core is idle in the loop."""
-    monkeypatch.setattr(_placement, "has_wide_vectors", lambda: wide)
+    monkeypatch.setattr(_device, "has_wide_vectors", lambda: wide)
     cell = jaxrnn.cells.lstm(units)
     params, states = zero_params(cell, units), cell.initial_states(8)
     report = jaxrnn.explain(cell.step(params), ones((8, 512, units)), states).splitlines()
     assert report[0].endswith(f"in blocks of {2**14 // units}")
-    assert report[1].startswith("for gradients; results in blocks of ") == longer
+    assert report[1].startswith("for gradients; without one in blocks of ") == longer
 
 
 def test_blocks_of_large_steps_are_short_but_no_single_steps():
@@ -369,7 +369,7 @@ def test_what_comes_from_plain_lax_scan_without_a_gradient():
 
         return jaxrnn.explain(step, ones((batch, steps, H)), [ones((batch, H))])
 
-    aside = "results alone come from plain lax.scan"
+    aside = "without one plain lax.scan runs"
     assert aside in report(32)
     assert aside not in report(31)
     assert [aside in report(2, steps=n) for n in (15, 16)] == [True, False]
@@ -407,7 +407,7 @@ def test_few_numbers_drawn_in_a_loop_that_is_one_kernel(monkeypatch, are_kernels
 
         init = (jax.random.key(0), jnp.zeros((B, H)))
         report = jaxrnn.explain_scan(body, init, length=steps)
-        return "results alone come from plain lax.scan" in report
+        return "without one plain lax.scan runs" in report
 
     few = 2**12 // (B * H)
     assert [stands_aside(n) for n in (few - 1, few)] == [are_kernels, False]

@@ -12,7 +12,7 @@ from recurrences import FEATURES, FUSED, TIME, UNITS, draw, flagged, loss, opera
 from structure import DOT, SCAN, count, equations, loops
 
 import jaxrnn
-from jaxrnn import _fused, _placement
+from jaxrnn import _device, _fused
 
 
 class Gpu:
@@ -33,7 +33,7 @@ def test_auto_uses_kernels_on_the_gpus_on_which_they_were_measured(
     capability, batch, kernels, monkeypatch
 ):
     """There, and if all blocks of threads run at once."""
-    monkeypatch.setattr(_placement, "gpu", lambda: Gpu(capability))
+    monkeypatch.setattr(_device, "gpu", lambda: Gpu(capability))
     make, *arguments = operands("lstm", batch)
     gradient = jax.grad(functools.partial(loss, make, jaxrnn.scan), (0, 1, 2))
     jaxpr = jax.make_jaxpr(gradient)(*arguments).jaxpr
@@ -48,7 +48,7 @@ def test_auto_uses_kernels_on_the_gpus_on_which_they_were_measured(
 
 
 def test_auto_on_a_gpu_runs_what_fits_no_kernel_in_an_unrolled_loop(monkeypatch):
-    monkeypatch.setattr(_placement, "gpu", lambda: Gpu("9.0"))
+    monkeypatch.setattr(_device, "gpu", lambda: Gpu("9.0"))
 
     def body(h, x):
         h = jnp.cumsum(jnp.tanh(x @ p["w"] + h @ p["u"]), 1)
@@ -74,7 +74,7 @@ def test_auto_on_a_gpu_runs_what_fits_no_kernel_in_an_unrolled_loop(monkeypatch)
 
 
 def test_on_several_devices_the_compiler_splits_loops_and_auto_leaves_them(monkeypatch):
-    monkeypatch.setattr(_placement, "gpu", lambda: Gpu("9.0"))
+    monkeypatch.setattr(_device, "gpu", lambda: Gpu("9.0"))
     monkeypatch.setattr(jax, "device_count", lambda: 8)
     make, p, init, xs = operands("lstm")
     jaxpr = jax.make_jaxpr(lambda p: jaxrnn.scan(make(p), init, xs))(p).jaxpr
@@ -84,7 +84,7 @@ def test_on_several_devices_the_compiler_splits_loops_and_auto_leaves_them(monke
 @pytest.mark.parametrize(("batch", "over"), [(1, 1), (3, 0)])
 def test_one_row_on_a_gpu_meets_the_weights_as_they_are_stored(batch, over, monkeypatch):
     """Sums over the rows of a matrix are faster there than sums over its columns."""
-    monkeypatch.setattr(_placement, "gpu", lambda: Gpu("9.0"))
+    monkeypatch.setattr(_device, "gpu", lambda: Gpu("9.0"))
     make, *arguments = operands("lstm", batch)
     scan = functools.partial(jaxrnn.scan, method="sequential")
     jaxpr = jax.make_jaxpr(jax.grad(functools.partial(loss, make, scan), (0, 1, 2)))(*arguments)
@@ -96,14 +96,14 @@ def test_one_row_on_a_gpu_meets_the_weights_as_they_are_stored(batch, over, monk
 
 def test_a_lone_long_sample_is_not_filled_up_whole(monkeypatch):
     """A kernel's sixteen rows for each of its one would take sixteen times the memory."""
-    monkeypatch.setattr(_placement, "gpu", lambda: Gpu("9.0"))
+    monkeypatch.setattr(_device, "gpu", lambda: Gpu("9.0"))
     make, p, init, xs = operands("lstm", 1)
 
     def kernels(time):
         rows = jax.ShapeDtypeStruct((time, *xs.shape[1:]), xs.dtype)
         gradient = jax.grad(lambda p, xs: loss(make, jaxrnn.scan, p, init, xs))
         found = equations(jax.make_jaxpr(gradient)(p, rows).jaxpr)
-        return [e.params["how"].length for e, _ in found if e.primitive is _fused._fused_p]
+        return [e.params["call"].length for e, _ in found if e.primitive is _fused._fused_p]
 
     short, long = 1 << 10, 1 << 20
     assert kernels(short) == [short, short]
@@ -112,7 +112,7 @@ def test_a_lone_long_sample_is_not_filled_up_whole(monkeypatch):
 
 @pytest.mark.parametrize("method", ["auto", "parallel", "sequential"])
 def test_a_step_that_does_nothing_but_hand_on(method, monkeypatch):
-    monkeypatch.setattr(_placement, "gpu", lambda: Gpu("9.0"))
+    monkeypatch.setattr(_device, "gpu", lambda: Gpu("9.0"))
     xs, first = draw(TIME, 3, UNITS), draw(3, UNITS)
     last, ys = jaxrnn.scan(lambda before, x: (x, before), first, xs, method=method)
     np.testing.assert_array_equal(last, xs[-1])
@@ -120,7 +120,7 @@ def test_a_step_that_does_nothing_but_hand_on(method, monkeypatch):
 
 
 def test_a_symbolic_number_of_samples_is_no_kernel(monkeypatch):
-    monkeypatch.setattr(_placement, "gpu", lambda: Gpu("9.0"))
+    monkeypatch.setattr(_device, "gpu", lambda: Gpu("9.0"))
     make, p, init, xs = operands("tanh", 3)
     (batch,) = jax.export.symbolic_shape("b")
     types = [
@@ -146,7 +146,7 @@ def test_weights_that_fit_an_h100_are_refused_for_a_smaller_gpu(monkeypatch):
 
     arguments = body, draw(3, 128), draw(TIME, 3, FEATURES)
     assert_same(FUSED(*arguments), lax.scan(*arguments))
-    monkeypatch.setattr(_placement, "gpu", lambda: Gpu("8.9"))
+    monkeypatch.setattr(_device, "gpu", lambda: Gpu("8.9"))
     with pytest.raises(ValueError, match="the weights take 128 KiB; 64 at most"):
         jax.make_jaxpr(FUSED, static_argnums=0)(*arguments)
 
@@ -159,9 +159,9 @@ def for_a_gpu(monkeypatch):
     axis = (jax.sharding.AxisType.Auto,)
     mesh = jax.sharding.AbstractMesh((1,), ("x",), axis_types=axis, abstract_device=device)
 
-    def write_for(context, *operands, how):
+    def write_for(context, *operands, call):
         with jax.sharding.use_abstract_mesh(mesh):
-            return write(context, *operands, how=how)
+            return write(context, *operands, call=call)
 
     monkeypatch.setattr(_fused, "_to_kernel", write_for)
 
@@ -203,7 +203,7 @@ def test_a_gradient_is_two_kernels_with_a_product_per_gate_and_no_cuts(form, pro
     assert len(kernels) == 2
     assert count(jaxpr.jaxpr, SCAN) == 0
     for kernel in kernels:
-        program = kernel.params["how"].kernel.program
+        program = kernel.params["call"].kernel.program
         made = [e.primitive for e in program.equations]
         assert made.count(DOT) == products
         assert {p.name for p in made} & {"split", "slice", "concatenate", "transpose"} == set()

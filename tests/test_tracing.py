@@ -336,5 +336,5 @@ def test_long_and_deep_steps_are_traced(case):
 
 def test_a_recurrence_too_long_for_one_kernel_is_refused():
     body, width = split_late(350)
-    with pytest.raises(ValueError, match="fits no kernel: more than 100 operations"):
+    with pytest.raises(ValueError, match="as one kernel: more than 100 operations"):
         jaxrnn.scan(body, jnp.zeros((2, width)), jnp.ones((3, 2, 2)), method="fused")

@@ -1,11 +1,9 @@
-"""What is computed on, and how arrays lie there, where that is part of their type.
+"""How arrays are placed on devices, where that is part of their type.
 
 On meshes with explicit axes an array's type says over which of them it is split, and inside
 `shard_map` over which it varies. What is made of nothing has to be made to fit.
 """
 
-import functools
-import pathlib
 from typing import Any
 
 import jax
@@ -13,37 +11,6 @@ import jax.numpy as jnp
 from jax import lax
 
 Array = jax.Array
-
-
-def gpu() -> Any:
-    """The NVIDIA GPU that is computed on, as far as one can tell while tracing, or None."""
-    device = _device()
-    is_cuda = device.platform == "gpu" and "cuda" in device.client.platform_version
-    return device if is_cuda else None
-
-
-def is_lone_cpu() -> bool:
-    """Whether a CPU is computed on, as far as one can tell while tracing, and nothing beside it."""
-    return jax.device_count() == 1 and is_cpu()
-
-
-@functools.cache
-def has_wide_vectors() -> bool:
-    """Whether the host multiplies sixteen floats at once (AVX-512), as far as Linux tells."""
-    try:
-        return "avx512f" in pathlib.Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-
-
-def is_cpu() -> bool:
-    """Whether a CPU is computed on, as far as one can tell while tracing."""
-    return bool(_device().platform == "cpu")
-
-
-def _device() -> Any:
-    chosen = jax.config.jax_default_device  # type: ignore[attr-defined]
-    return chosen if isinstance(chosen, jax.Device) else jax.devices(chosen)[0]
 
 
 def explicit_sharding(aval: Any) -> Any:

@@ -43,14 +43,14 @@ def without_unchanged(
     def changing(values: Sequence[Any]) -> list[Any]:
         return [value for value, same in zip(values, stays, strict=True) if not same]
 
-    def filled(moving: Sequence[Any], held: Sequence[Any]) -> PyTree:
-        rest = iter(moving)
+    def filled(changed: Sequence[Any], held: Sequence[Any]) -> PyTree:
+        rest = iter(changed)
         both = zip(held, stays, strict=True)
         return jax.tree.unflatten(tree, [value if same else next(rest) for value, same in both])
 
-    def varying(moving: list[Any], x: PyTree) -> tuple[list[Any], PyTree]:
-        carry, y = f(filled(moving, leaves), x)
+    def varying(changed: list[Any], x: PyTree) -> tuple[list[Any], PyTree]:
+        carry, y = f(filled(changed, leaves), x)
         return changing(jax.tree.leaves(carry)), y
 
     last = [weak_as(value, new) for value, (_, new) in zip(first, pairs, strict=True)]
-    return Varying(varying, changing(leaves), lambda moving: filled(moving, last))
+    return Varying(varying, changing(leaves), lambda changed: filled(changed, last))

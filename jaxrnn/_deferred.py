@@ -14,8 +14,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from jaxrnn._equations import column_ranges, cut_axis, take_ranges
 from jaxrnn._jaxpr import Equation, at, bind, shape, size_in_bytes
-from jaxrnn._primitives import slice_p, split_p
 
 Array = Any
 
@@ -45,9 +45,9 @@ class Value:
 
         As a part of a sum the value may have axes of size 1 for longer ones of the operand.
         """
-        cuts, whole = columns(equation), shape(equation.invars[0])
+        cuts, whole = column_ranges(equation), shape(equation.invars[0])
         if cuts is not None and self.array.shape[-1:] == whole[-1:]:
-            outs = ranges(self.array, cuts, self.array.ndim - 1)
+            outs = take_ranges(self.array, cuts, self.array.ndim - 1)
         else:
             outs = bind(equation, [jnp.broadcast_to(self.array, whole)])
         return [Value(self.time, out) for out in outs]
@@ -140,14 +140,14 @@ class Product(Value):
 
         Not if the whole is small, at most 32 KiB a step: then one array is sooner made and read.
         """
-        cuts = columns(equation)
+        cuts = column_ranges(equation)
         is_small = size_in_bytes(equation.invars[0]) <= 1 << 15
         is_narrow = any(stop - start < self.least for start, stop in cuts or ())
         axis = 1 - self.equation.params["dimension_numbers"][0][1][0]
         is_repeated = self.rhs.shape[axis] != shape(equation.invars[0])[-1]
         if self.time > 0 or cuts is None or is_small or is_narrow or is_repeated:
             return super().arranged(equation)
-        parts = ranges(self.rhs, cuts, axis)
+        parts = take_ranges(self.rhs, cuts, axis)
         return [Product(self.lhs, part, self.equation, self.least) for part in parts]
 
 
@@ -173,40 +173,3 @@ def _joined(concatenation: Concatenation) -> list[Value]:
         else:
             joined.append([part])
     return [Concatenation(run, concatenation.axis) if len(run) > 1 else run[0] for run in joined]
-
-
-def ranges(array: Array, cuts: Sequence[tuple[int, int]], axis: int) -> list[Array]:
-    """Ranges of an axis; by one split if possible, whose transpose is one concatenation."""
-    stops = [stop for _, stop in cuts]
-    if [0, *stops[:-1]] == [start for start, _ in cuts] and stops[-1] == array.shape[axis]:
-        return list(lax.split(array, [stop - start for start, stop in cuts], axis))
-    return [lax.slice_in_dim(array, start, stop, axis=axis) for start, stop in cuts]
-
-
-def columns(equation: Equation) -> list[tuple[int, int]] | None:
-    """The ranges of the last axis that a slice or split takes, if it cuts no other axis."""
-    axis, params = cut_axis(equation), equation.params
-    if axis is None or axis != len(shape(equation.invars[0])) - 1:
-        return None
-    if equation.primitive is slice_p:
-        return [(params["start_indices"][axis], params["limit_indices"][axis])]
-    stops = [sum(params["sizes"][: i + 1]) for i in range(len(params["sizes"]))]
-    return list(zip([0, *stops[:-1]], stops, strict=True))
-
-
-def cut_axis(equation: Equation) -> int | None:
-    """The axis of which a slice or split takes ranges, if it cuts no other axis.
-
-    The last one, if a slice takes everything.
-    """
-    params = equation.params
-    if equation.primitive is split_p():
-        return int(params["axis"])
-    if equation.primitive is not slice_p or not set(params["strides"] or ()) <= {1}:
-        return None
-    whole = shape(equation.invars[0])
-    ends = zip(params["start_indices"], params["limit_indices"], strict=True)
-    cut = [axis for axis, end in enumerate(ends) if end != (0, whole[axis])]
-    if not whole or len(cut) > 1:
-        return None
-    return cut[0] if cut else len(whole) - 1

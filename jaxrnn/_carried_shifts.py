@@ -14,12 +14,12 @@ from typing import Any
 
 import jax
 
+from jaxrnn._device import is_lone_cpu
 from jaxrnn._equations import is_heavy, is_transcendental
 from jaxrnn._jaxpr import Equation, Program, Var, inline, inner_equations, variables
-from jaxrnn._placement import is_lone_cpu
 from jaxrnn._primitives import broadcast_in_dim_p, concatenate_p, pad_p, slice_p
-from jaxrnn._random import bind_spelled_out
 from jaxrnn._schedule import coming_into, equations_for
+from jaxrnn._threefry import bind_spelled_out
 
 # What puts numbers elsewhere and changes none.
 _ARRANGING = frozenset({broadcast_in_dim_p, concatenate_p, pad_p, slice_p})
@@ -60,7 +60,7 @@ def carried(
 def _shift(program: Program, consts: int, carry: int) -> Program:
     """What is to be made a step early, `(consts, carry) -> (shifted, ...)`."""
     before = program.invars[: consts + carry]
-    known, moving = set(before), set(before[consts:])
+    known, of_state = set(before), set(before[consts:])
     costly = coming_into(program, _is_costly, lambda equation: not is_heavy(equation))
     shifted: list[Var] = []
     for equation in program.equations if is_lone_cpu() else ():
@@ -68,8 +68,8 @@ def _shift(program: Program, consts: int, carry: int) -> Program:
         if equation.primitive in _ARRANGING and known.issuperset(operands):
             (made,) = equation.outvars
             known.add(made)
-            if moving.intersection(operands):
-                moving.add(made)
+            if of_state.intersection(operands):
+                of_state.add(made)
                 if equation.primitive in (pad_p, concatenate_p) and made in costly:
                     shifted.append(made)
     return program.cut(before, shifted, equations_for(program, shifted, before))

@@ -38,6 +38,7 @@ from jaxrnn._jaxpr import (
     dtype,
     inline,
     inner_equations,
+    is_inexact,
     read,
     shape,
     size,
@@ -45,9 +46,8 @@ from jaxrnn._jaxpr import (
     variables,
     weak_as,
 )
-from jaxrnn._placement import is_split
 from jaxrnn._primitives import (
-    LINEAR_BY_ELEMENT,
+    LINEAR_ELEMENTWISE,
     broadcast_in_dim_p,
     dot_general_p,
     eq_p,
@@ -55,6 +55,7 @@ from jaxrnn._primitives import (
     select_n_p,
     stop_gradient_p,
 )
+from jaxrnn._sharding import is_split
 
 Array = jax.Array
 
@@ -166,14 +167,14 @@ class _Sharing:
                 *(
                     behind[atom] if is_by_sample(equation, i) else frozenset()
                     for i, atom in enumerate(equation.invars)
-                    if isinstance(atom, Var) and _is_moving(atom)
+                    if isinstance(atom, Var) and is_inexact(atom)
                 )
             )
             if equation.primitive is stop_gradient_p:
                 passed = every
             elif id(equation) in self.gates:
                 passed |= {self.gates[id(equation)]}
-            behind |= {v: passed if _is_moving(v) else every for v in equation.outvars}
+            behind |= {v: passed if is_inexact(v) else every for v in equation.outvars}
         return behind
 
     def _ahead(self) -> dict[Var, frozenset[Gate]]:
@@ -216,7 +217,7 @@ class _Sharing:
         waiting = [x for x in operands if isinstance(x, _Waiting)]
         gates = tuple(dict.fromkeys(gate for x in waiting for gate in x.gates))
         if not waiting or not all(
-            self.behind[v].issuperset(gates) for v in variables(equation.invars) if _is_moving(v)
+            self.behind[v].issuperset(gates) for v in variables(equation.invars) if is_inexact(v)
         ):
             return None
         samples = waiting[0].samples
@@ -333,17 +334,12 @@ def _repeated(value: Any) -> Any:
 
 def _row_by_row(equation: Equation, operands: Sequence[Array], samples: int) -> list[Array] | None:
     """A linear `equation` on arrays of so many rows, if it leaves the first axis as it is."""
-    if equation.primitive not in LINEAR_BY_ELEMENT and not keeps_first_axis(equation):
+    if equation.primitive not in LINEAR_ELEMENTWISE and not keeps_first_axis(equation):
         return None
     params = dict(equation.params)
     for name in {"limit_indices", "new_sizes"} & params.keys():
         params[name] = (samples, *params[name][1:])
     return bind(equation.replace(params=params), operands)
-
-
-def _is_moving(atom: Atom) -> bool:
-    """Whether it may have a derivative."""
-    return bool(jnp.issubdtype(dtype(atom), jnp.inexact))
 
 
 def _is_index(atom: Atom) -> bool:

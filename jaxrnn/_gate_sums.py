@@ -11,8 +11,8 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from jaxrnn._equations import column_ranges
 from jaxrnn._jaxpr import Program, Var, dtype, shape, size, variables
-from jaxrnn._lazy import columns
 from jaxrnn._primitives import add_any_p, add_p
 
 
@@ -66,7 +66,7 @@ def _taken_apart(program: Program, uses: Mapping[Var, int]) -> list[TakenApart]:
     parts: dict[Var, list[tuple[tuple[int, int], Var]]] = defaultdict(list)
     readers: Counter[Var] = Counter()
     for equation in program.equations:
-        if (ranges := columns(equation)) is not None:
+        if (ranges := column_ranges(equation)) is not None:
             for v in variables(equation.invars):
                 parts[v] += zip(ranges, equation.outvars, strict=True)
                 readers[v] += 1

@@ -9,7 +9,6 @@ one that clips. In a tangent the rule stands as `custom_lin`, of residuals and t
 from collections.abc import Iterable
 
 import jax
-import jax.numpy as jnp
 
 from jaxrnn._equations import is_linear, with_inner
 from jaxrnn._jaxpr import (
@@ -22,6 +21,7 @@ from jaxrnn._jaxpr import (
     bind,
     dtype,
     inline,
+    is_inexact,
     trace,
 )
 from jaxrnn._primitives import (
@@ -43,7 +43,7 @@ def has_backward_rule(equation: Equation) -> bool:
     return any(map(_is_rule, with_inner([equation])))
 
 
-def is_anew(equation: Equation) -> bool:
+def must_run_every_step(equation: Equation) -> bool:
     """Whether `equation` has to run at each step."""
     return any(
         e.primitive is rng_uniform_p or (_is_rule(e) and not _has_linear_rule(e))
@@ -60,9 +60,9 @@ def _has_linear_rule(equation: Equation, deep: int = 2) -> bool:
     outs, operands = equation.outvars, equation.invars
     is_tangent = equation.primitive is custom_lin_p
     start = equation.params["num_res"] if is_tangent else 0
-    moving = [i for i, a in enumerate(operands) if i >= start and _is_inexact(a)]
+    moving = [i for i, a in enumerate(operands) if i >= start and is_inexact(a)]
     # With symbolic zeros the rule may be another one where it is called.
-    if equation.params["symbolic_zeros"] or not all(map(_is_inexact, outs)):
+    if equation.params["symbolic_zeros"] or not all(map(is_inexact, outs)):
         return False
 
     def pulled_back(*args: Array) -> list[Array]:
@@ -111,7 +111,7 @@ def _is_linear_in(program: Program, sources: Iterable[Var]) -> bool:
         else:
             keeps = is_linear(equation) and all(map(may_be_added, operands))
             keeps = keeps and not _narrows(equation)
-        if keeps and all(map(_is_inexact, equation.outvars)):
+        if keeps and all(map(is_inexact, equation.outvars)):
             linear.update(equation.outvars)
         elif moving:
             return False
@@ -121,11 +121,7 @@ def _is_linear_in(program: Program, sources: Iterable[Var]) -> bool:
 def _narrows(equation: Equation) -> bool:
     """Whether `equation` casts to fewer digits, by which small numbers may vanish that add up."""
     ends = *equation.invars, *equation.outvars
-    if equation.primitive is not convert_element_type_p or not all(map(_is_inexact, ends)):
+    if equation.primitive is not convert_element_type_p or not all(map(is_inexact, ends)):
         return False
     old, new = (dtype(v).itemsize for v in ends)
     return bool(new < old)
-
-
-def _is_inexact(v: Atom) -> bool:
-    return bool(jnp.issubdtype(dtype(v), jnp.inexact))

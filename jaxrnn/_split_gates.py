@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax import lax
 
+from jaxrnn._equations import column_ranges
 from jaxrnn._jaxpr import Atom, Equation, Literal, Program, Var, bind, read, shape, variables
 from jaxrnn._primitives import (
     IN_KERNELS,
@@ -17,8 +18,6 @@ from jaxrnn._primitives import (
     concatenate_p,
     copy_p,
     dot_general_p,
-    slice_p,
-    split_p,
 )
 
 Array = jax.Array
@@ -28,7 +27,7 @@ Array = jax.Array
 _DEEPEST = 100
 
 
-class MisfitError(ValueError):
+class KernelMisfitError(ValueError):
     """Why a recurrence fits no kernel."""
 
 
@@ -36,10 +35,10 @@ def in_columns(program: Program, *args: Array) -> list[Array]:
     """Runs `program` with every cut along the last axis moved up to products and inputs.
 
     Raises:
-        MisfitError: where it can't be moved.
+        KernelMisfitError: where it can't be moved.
     """
     if _depth(program) > _DEEPEST:
-        raise MisfitError(f"more than {_DEEPEST} operations of it wait for one another")
+        raise KernelMisfitError(f"more than {_DEEPEST} operations of it wait for one another")
     env: dict[Atom, Any] = dict(zip(program.invars, args, strict=True))
     made = {v: e for e in program.equations for v in e.outvars}
     known: dict[tuple[Var, int, int], Array] = {}
@@ -55,9 +54,9 @@ def in_columns(program: Program, *args: Array) -> list[Array]:
             return env[v]
         if equation is None:
             return lax.slice_in_dim(env[v], start, stop, axis=-1)
-        cut, source = cut_of(equation, v), next(iter(equation.invars), None)
-        if cut is not None and isinstance(source, Var):
-            return columns(source, cut[0] + start, cut[0] + stop)
+        if cuts := column_ranges(equation):
+            (source,), (first, _) = variables(equation.invars), cuts[equation.outvars.index(v)]
+            return columns(source, first + start, first + stop)
         if equation.primitive is dot_general_p:
             lhs, rhs = _product_operands(equation, env)
             return _product(equation, lhs, lax.slice_in_dim(rhs, start, stop, axis=1))
@@ -84,13 +83,12 @@ def in_columns(program: Program, *args: Array) -> list[Array]:
                 if offset <= start and stop <= end and isinstance(atom, Var):
                     return columns(atom, start - offset, stop - offset)
                 offset = end
-        raise MisfitError(f"it cuts the result of '{equation.primitive}' in pieces")
+        raise KernelMisfitError(f"it cuts the result of '{equation.primitive}' in pieces")
 
     for equation in program.equations:
-        cuts = [cut_of(equation, v) for v in equation.outvars]
-        source = next(iter(equation.invars), None)
-        if None not in cuts and isinstance(source, Var):
-            results = [columns(source, *cut) for cut in cuts if cut is not None]
+        if cuts := column_ranges(equation):
+            (source,) = variables(equation.invars)
+            results = [columns(source, *cut) for cut in cuts]
         elif equation.primitive is copy_p:
             results = [read(env, equation.invars[0])]
         elif equation.primitive is dot_general_p:
@@ -110,20 +108,6 @@ def _depth(program: Program) -> int:
     return max(depths.values(), default=0)
 
 
-def cut_of(equation: Equation, v: Var) -> tuple[int, int] | None:
-    """Which columns of its operand `equation` makes `v` of, if that is all that it does."""
-    operand, params = equation.invars[0] if equation.invars else None, equation.params
-    if equation.primitive is split_p() and params["axis"] == len(shape(v)) - 1:
-        sizes, which = params["sizes"], equation.outvars.index(v)
-        return int(sum(sizes[:which])), int(sum(sizes[: which + 1]))
-    if equation.primitive is slice_p and operand is not None:
-        start, limit = params["start_indices"], params["limit_indices"]
-        others = tuple(limit[:-1]) == shape(operand)[:-1] and not any(start[:-1])
-        if others and set(params["strides"] or (1,)) == {1}:
-            return start[-1], limit[-1]
-    return None
-
-
 def _product_operands(equation: Equation, env: dict[Atom, Any]) -> tuple[Array, Array]:
     """The operands of a product of rows and a matrix, the matrix as `[in, out]`."""
     ((lhs_in, rhs_in), batch), (rows, matrix) = (
@@ -131,7 +115,7 @@ def _product_operands(equation: Equation, env: dict[Atom, Any]) -> tuple[Array, 
         (read(env, a) for a in equation.invars),
     )
     if batch != ((), ()) or tuple(lhs_in) != (1,) or rows.ndim != 2 or matrix.ndim != 2:
-        raise MisfitError(
+        raise KernelMisfitError(
             f"a product of arrays {list(rows.shape)} and {list(matrix.shape)} is none of samples "
             "with a matrix"
         )

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxrnn._device import is_cpu
 from jaxrnn._jaxpr import Equation, at, bind, inline, trace
-from jaxrnn._placement import is_cpu
 from jaxrnn._primitives import THREEFRY, random_bits_p, threefry2x32_p
 
 Array = jax.Array

@@ -10,9 +10,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxrnn._equations import is_elementwise
+from jaxrnn._device import is_lone_cpu
+from jaxrnn._equations import is_arithmetic
 from jaxrnn._jaxpr import UNITS_SLOW_DOWN_SUMS, Equation, bind, shape, size
-from jaxrnn._placement import is_lone_cpu
 from jaxrnn._primitives import reduce_sum_p
 
 # Numbers of which XLA makes a sum by itself.
@@ -61,7 +61,7 @@ def bind_without_units(
 def _repeats(equation: Equation, axes: Sequence[int | None]) -> bool:
     """Whether work on each element takes an operand several times."""
     made = shape(equation.outvars[0])
-    return is_elementwise(equation) and any(
+    return is_arithmetic(equation) and any(
         shape(a) and (axis is None or shape(a) != made)
         for a, axis in zip(equation.invars, axes, strict=True)
     )

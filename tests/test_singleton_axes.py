@@ -11,7 +11,7 @@ from jax import lax
 from structure import equations, primitive_of
 
 import jaxrnn
-from jaxrnn import _units
+from jaxrnn import _singleton_axes
 
 ROWS, COLUMNS, TIME = 3, 4, 8
 SUM = primitive_of(jnp.sum, np.ones(3, np.float32))
@@ -77,8 +77,8 @@ def shapes_of_sums(program):
 @pytest.mark.parametrize("slow", [True, False])
 @pytest.mark.parametrize("samples", [1, 2])
 def test_no_sum_runs_over_an_axis_of_one(monkeypatch, slow, samples):
-    monkeypatch.setattr(_units, "UNITS_SLOW_DOWN_SUMS", slow)
-    monkeypatch.setattr(_units, "_FEW", ROWS * COLUMNS)
+    monkeypatch.setattr(_singleton_axes, "UNITS_SLOW_DOWN_SUMS", slow)
+    monkeypatch.setattr(_singleton_axes, "_FEW", ROWS * COLUMNS)
     given = operands(samples)
     for name, function in FUNCTIONS.items():
         ours = function(run(jaxrnn.scan, **SPLIT))
@@ -93,6 +93,6 @@ def test_small_sums_keep_their_axes(monkeypatch):
     given = operands(1)
     programs = []
     for slow in (True, False):
-        monkeypatch.setattr(_units, "UNITS_SLOW_DOWN_SUMS", slow)
+        monkeypatch.setattr(_singleton_axes, "UNITS_SLOW_DOWN_SUMS", slow)
         programs.append(str(jax.make_jaxpr(with_cotangents(run(jaxrnn.scan, **SPLIT)))(*given)))
     assert programs[0] == programs[1]

@@ -1,26 +1,26 @@
-"""Whether a step can do no harm to gradients at any state.
+"""Whether the derivative of a step is finite at every state.
 
 A masked step is computed and thrown away: its derivative, which may be anything finite, is
-multiplied by zero. It is finite where no operation has a singular point, and where values grow no
+multiplied by zero. That is safe where no operation has a singular point, and where values grow no
 faster than the states do: a state that fits its dtype may have a square that does not.
 """
 
 from collections.abc import Sequence
 
 from jaxrnn._jaxpr import Atom, Program, Var, program_of
-from jaxrnn._primitives import BOUNDED, INLINED, PRODUCTS, SMOOTH, mul_p, split_p
+from jaxrnn._primitives import BOUNDED, FINITE_SLOPE, INLINED, PRODUCTS, mul_p
 
 _MULTIPLYING = PRODUCTS | {mul_p}
 
 
-def is_smooth(step: Program, states: int) -> bool:
-    """Whether that holds for a step whose last inputs are its states, so many arrays."""
+def has_finite_gradient(step: Program, states: int) -> bool:
+    """Whether that is so for a step whose last inputs are its states, so many arrays."""
     inputs = len(step.invars) - states
     return _degrees(step, [0] * inputs + [1] * states) is not None
 
 
 def _degrees(program: Program, of_inputs: Sequence[int]) -> list[int] | None:
-    """With what power of the states, at most, each output grows; None if a step is not smooth."""
+    """With what power of the states, at most, each output grows; None if one may not be finite."""
     known: dict[Var, int] = dict(zip(program.invars, of_inputs, strict=True))
 
     def degree(atom: Atom) -> int:
@@ -36,7 +36,7 @@ def _degrees(program: Program, of_inputs: Sequence[int]) -> list[int] | None:
                 return None
             known |= zip(equation.outvars, inner, strict=True)
             continue
-        if primitive not in SMOOTH and primitive is not split_p():
+        if primitive not in FINITE_SLOPE:
             return None
         grows = sum(operands) if primitive in _MULTIPLYING else max(operands, default=0)
         if grows > 1:
