@@ -90,8 +90,20 @@ def rnn(
 
     Raises:
         ValueError: for a shape, structure or option that does not fit.
-        TypeError: if `step_function` is not callable, or a state changes its dtype other than
-            between floating types.
+        TypeError: if `step_function` is not callable, an argument is no array of numbers, or a
+            state changes its dtype other than between floating types.
+
+    Example:
+        A running sum, the third step of which is masked.
+
+        >>> def step(input_t, states):
+        ...     total = states[0] + input_t
+        ...     return total, [total]
+        >>> mask = jnp.array([[True, True, False, True]])
+        >>> initial_states = [jnp.zeros((1, 2))]
+        >>> last, outputs, states = rnn(step, jnp.ones((1, 4, 2)), initial_states, mask=mask)
+        >>> outputs[0, :, 0].tolist()
+        [1.0, 2.0, 2.0, 3.0]
 
     Typed PRNG keys (`jax.random.key`) in the states belong to the call, not to a sample: they move
     on at masked steps too, and no reset sets them back.
@@ -138,7 +150,7 @@ def prepare(
     if not callable(step_function):
         raise TypeError(
             f"step_function is {_arguments.describe(step_function)}; expected a function "
-            f"(input_t, states) -> (output_t, new_states), as cell.step(params) of a cell."
+            f"(input_t, states) -> (output_t, new_states), such as cell.step(params) of a cell."
         )
     engine = engine_options(chunk, remat, method)
     time_major = flag("time_major", time_major)

@@ -76,6 +76,14 @@ def scan(
         ValueError: for an option that does not fit, among them "fused" for a recurrence that cannot
             run as one kernel and "parallel" for one that is not affine; and what `jax.lax.scan`
             raises.
+
+    Example:
+        >>> def body(total, x):
+        ...     total = total + x
+        ...     return total, 2 * total
+        >>> total, ys = scan(body, jnp.zeros(()), jnp.arange(4.0))
+        >>> total.item(), ys.tolist()
+        (6.0, [0.0, 2.0, 6.0, 12.0])
     """
     engine = engine_options(chunk, remat, method)
     options = ScanOptions(as_int(length), reverse, unroll, **engine)

@@ -1,10 +1,12 @@
 """The names, the signature and the size of what is public."""
 
+import doctest
 import inspect
 import pathlib
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import pytest
 
 import jaxrnn
@@ -64,6 +66,15 @@ def test_the_docstring_of_rnn_names_every_argument():
     docstring = inspect.getdoc(jaxrnn.rnn)
     for name in inspect.signature(jaxrnn.rnn).parameters:
         assert f"{name}:" in docstring
+
+
+@pytest.mark.parametrize("name", ["rnn", "scan"])
+def test_the_example_of_a_docstring_holds(name):
+    public = getattr(jaxrnn, name)
+    names = {"jnp": jnp, name: public}
+    (example,) = doctest.DocTestFinder(recurse=False).find(public, name, globs=names)
+    assert example.examples
+    assert not doctest.DocTestRunner().run(example).failed
 
 
 def test_importing_needs_jax_alone():
