@@ -220,7 +220,7 @@ class _Sharing:
             self.behind[v].issuperset(gates) for v in variables(equation.invars) if is_inexact(v)
         ):
             return None
-        samples = waiting[0].samples
+        samples = shape(equation.outvars[0])[0]
         if equation.primitive is dot_general_p:
             outs = self._product(equation, operands, gates)
         elif equation.primitive is gather_p:

@@ -292,6 +292,26 @@ def test_samples_along_another_axis():
     assert_same(derivatives(run, SPLIT)(square), derivatives(run, lax.scan)(square), scale=20)
 
 
+@pytest.mark.parametrize("reads", ["all", "some"])
+def test_rows_that_have_the_axis_of_the_copies_second(reads):
+    """A matrix is repeated along an axis of the rows that is not their first, as is a bias."""
+    others, bias = 3, draw(SAMPLES, UNITS)
+    xs = draw(TIME, others, SAMPLES, UNITS)
+
+    def run(scan, u):
+        def step(h, x):
+            rows = x + jnp.broadcast_to(bias, x.shape)
+            copies = jnp.broadcast_to(u, (SAMPLES, UNITS, UNITS))
+            made = lax.dot_general(rows, copies, (((2,), (1,)), ((1,), (0,))))
+            cut = made if reads == "all" else made[:, :, :2]
+            h = jnp.tanh(h @ u + jnp.pad(cut.sum((0, 1)), (0, UNITS - cut.shape[-1])))
+            return h, (h, cut)
+
+        return scan(step, H, xs)
+
+    assert_same(derivatives(run, SPLIT)(P["u"]), derivatives(run, lax.scan)(P["u"]), scale=20)
+
+
 def for_some(which, v):
     """`v`, without a derivative where `which` is not, as before a branch."""
     return lax.select_n(spread(which, v), lax.stop_gradient(v), v)
