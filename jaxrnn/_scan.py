@@ -280,7 +280,7 @@ def trace_body(
     results = traced.out_tree.children()
     if len(results) != 2 or results[0] != carry_tree:
         return "the step does not return a carry like its own, which lax.scan reports"
-    promoted = _made_strong(carry, traced, of_its_dtype=False)  # as `lax.scan` does it
+    promoted = _made_strong(carry, traced, of_its_dtype=False)
     if any(c is not p for c, p in zip(carry, promoted, strict=True)):
         carry = promoted
         traced = trace(flat, *carry, *x)
@@ -313,9 +313,12 @@ def trace_body(
 
 
 def _made_strong(carry: list[Any], traced: Traced, *, of_its_dtype: bool) -> list[Any]:
-    """A carry, strong where the body makes it so, `of_its_dtype` or of another one."""
+    """A carry, strong where the body makes it so, `of_its_dtype` or of another one.
+
+    As in `lax.scan`, that dtype is the wider of the two: a body that narrows is an error.
+    """
     return [
-        lax.convert_element_type(c, dtype(new))
+        lax.convert_element_type(c, jnp.result_type(c, dtype(new)))
         if is_weak(old) and not is_weak(new) and (dtype(old) == dtype(new)) == of_its_dtype
         else c
         for c, (old, new) in zip(carry, old_and_new(traced, len(carry)), strict=True)

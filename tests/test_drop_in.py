@@ -105,6 +105,20 @@ def test_weak_types_stay_weak(flags):
     assert_same(actual, expected)
 
 
+@pytest.mark.parametrize("narrow", [lambda h: jnp.round(h).astype(int), jnp.real])
+def test_a_weak_carry_is_not_cast_to_what_holds_less(narrow):
+    """A step that makes integers of floats, or floats of complex numbers, changes its carry."""
+
+    def step(carry, x):
+        h, total = carry
+        h, y = tanh_step(h, x)
+        return (h, narrow(total + y.sum())), y
+
+    for scan, flags in ((jaxrnn.scan, SPLIT), (lax.scan, {})):
+        with pytest.raises(TypeError, match="carry"):
+            scan(step, (H, 0.5 if narrow is not jnp.real else 1j), X, **flags)
+
+
 def strengthening_step(carry, x):
     h, scale, sharp = carry
     h, y = tanh_step(h, x)
