@@ -42,6 +42,8 @@ def through_checkpoints(traced: Traced, example: Sequence[Any]) -> Traced | None
     """A step without its checkpoints, or None if it has none that can be seen through.
 
     One that hides products, as in a loop, stays; and so does one with a policy of the user's own.
+    All stay if a product is hidden anywhere else: then the step has no derivative of its own, by
+    which something would not be kept.
 
     Args:
         traced: `program(*consts, *args)`.
@@ -55,6 +57,8 @@ def through_checkpoints(traced: Traced, example: Sequence[Any]) -> Traced | None
     step = trace(
         lambda *args: inline(traced.program, *args, apply=_opened), *traced.consts, *example
     )
+    if not_to_be_kept(step.program) and any(map(hides_product, step.program.equations)):
+        return None
     consts = (*step.consts, *traced.consts)
     return step._replace(consts=consts, out_tree=traced.out_tree)
 
