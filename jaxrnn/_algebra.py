@@ -36,6 +36,7 @@ from jaxrnn._jaxpr import (
     Var,
     at,
     bind,
+    differentiable,
     dtype,
     inline,
     is_inexact,
@@ -279,13 +280,16 @@ class _Rewriter:
         """Products of one state, or of one concatenation with a state, with different weights.
 
         Not a narrow one beside wide ones: it gains little, and its columns put theirs out of line.
+        Nor one that has no derivative beside those that have: its weights may be infinite.
         """
+        differentiated = differentiable(self.program)
         groups: dict[Any, list[Equation]] = defaultdict(list)
         for equation in self.equations:
             if equation.primitive is dot_general_p and _is_matrix_product(equation):
                 lhs, rhs = equation.invars
                 if self._time(lhs) > 0 and self._time(rhs) == -1:
-                    groups[lhs, dtype(rhs), str(equation.params)].append(equation)
+                    has_one = equation.outvars[0] in differentiated
+                    groups[lhs, dtype(rhs), str(equation.params), has_one].append(equation)
         alike = []
         for group in groups.values():
             widest = max(size(e.outvars[0]) for e in group)

@@ -16,10 +16,10 @@ from jax import lax
 from jax.extend import core, source_info_util
 
 from jaxrnn._primitives import (
+    FLAT,
     INLINED,
     OWN_RULES,
     convert_element_type_p,
-    stop_gradient_p,
 )
 from jaxrnn._sharding import explicit_sharding, varying
 
@@ -182,8 +182,7 @@ def dependents(
     for equation in program.equations:
         outs = equation.outvars
         if through_tangents:
-            stops = equation.primitive is stop_gradient_p
-            outs = [] if stops else list(filter(is_inexact, outs))
+            outs = [] if equation.primitive in FLAT else list(filter(is_inexact, outs))
         if any(not isinstance(a, Literal) and a in found for a in equation.invars):
             found |= set(outs)
     return found
@@ -209,6 +208,21 @@ def dependents_in_time(
         if not more:
             return reached
         found |= more
+
+
+def with_derivative(program: Program, active: set[Var]) -> set[Var]:
+    """Of what is `active`, has a tangent, what enters into the tangent of a result."""
+    wanted = active.intersection(variables(program.outvars))
+    for equation in reversed(program.equations):
+        if not wanted.isdisjoint(equation.outvars):
+            wanted |= active.intersection(variables(equation.invars))
+    return wanted
+
+
+def differentiable(program: Program) -> set[Var]:
+    """What enters into the derivative of a result by any of the inputs."""
+    sources = list(filter(is_inexact, program.invars))
+    return with_derivative(program, dependents(program, sources, through_tangents=True))
 
 
 def as_function_of(

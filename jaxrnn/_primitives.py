@@ -62,6 +62,19 @@ HEAVY = (
     | FACTORISATIONS
     | {gather_p, random_bits_p, scan_p, threefry2x32_p, p.triangular_solve_p, p.fft_p}
 )
+# The derivative needs of the operands the indices alone.
+INDEXED = frozenset(
+    {
+        gather_p,
+        lax.scatter_sub_p,
+        p.dynamic_slice_p,
+        p.dynamic_update_slice_p,
+        p.scatter_add_p,
+        p.scatter_p,
+    }
+)
+# A part of an array is read, as of a cache.
+READS = frozenset({gather_p, p.dynamic_slice_p, slice_p})
 # A part of an array is written, as in a cache.
 WRITES = frozenset(
     {
@@ -74,6 +87,8 @@ WRITES = frozenset(
         p.scatter_p,
     }
 )
+# The derivative is zero.
+FLAT = frozenset({p.ceil_p, p.floor_p, p.round_p, p.sign_p, stop_gradient_p})
 # Data is arranged and nothing computed.
 FREE = frozenset(
     {

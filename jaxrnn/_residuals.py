@@ -15,7 +15,7 @@ import jax
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
 from jaxrnn._checkpoints import not_to_be_kept
-from jaxrnn._equations import is_heavy, is_linear, slope_by_output
+from jaxrnn._equations import is_free, is_heavy, is_linear, slope_by_output
 from jaxrnn._jaxpr import (
     Atom,
     Equation,
@@ -24,13 +24,17 @@ from jaxrnn._jaxpr import (
     dependents_in_time,
     is_inexact,
     size,
+    size_in_bytes,
     variables,
+    with_derivative,
 )
 from jaxrnn._primitives import (
     COMPARISONS,
     EXTREMES,
+    INDEXED,
     PRODUCTS,
     RANDOM,
+    READS,
     REDUCTIONS,
     gather_p,
     mul_p,
@@ -72,7 +76,8 @@ def residuals(program: Program, tangents: Any, forgets: bool = False) -> Residua
 
     The state before a step is what the step before it made, which may be a row already. A state
     that its step changes and then reads, such as a memory, is kept as it is read, unless what it
-    was before is needed, too. Nothing else is kept under a checkpoint, if the step `forgets` that.
+    was before is needed, too; of one that each step reads a small part of, such as a delay line,
+    that part. Nothing but states is kept under a checkpoint, if the step `forgets` that.
     """
     consts, carry, _ = map(len, tangents)
     # What has no tangent at any step is not differentiated: a step may not even have a derivative
@@ -83,9 +88,9 @@ def residuals(program: Program, tangents: Any, forgets: bool = False) -> Residua
     old = program.invars[consts : consts + carry]
     new, ys = program.outvars[:carry], program.outvars[carry:]
     kept = _kept(program, program.invars[:consts], active)
-    if forgets:
-        marked = not_to_be_kept(program)
-        kept = [v for v in kept if v not in marked]
+    marked = not_to_be_kept(program) if forgets else set()
+    kept = [v for v in kept if v not in marked]
+    kept += _read_of(old, program, kept, active, marked)
     rows: list[Atom] = [*ys, *(v for v in kept if v not in ys)]
     for before, after in zip(old, new, strict=True):
         if before in rows or after in rows:
@@ -100,6 +105,29 @@ def residuals(program: Program, tangents: Any, forgets: bool = False) -> Residua
         for before, after in zip(old, new, strict=True)
     ]
     return Residuals(tuple(rows), {v: rows.index(v) for v in kept}, tuple(states), active)
+
+
+def _read_of(
+    states: Sequence[Var],
+    program: Program,
+    kept: Sequence[Var],
+    active: set[Var],
+    marked: set[Var],
+) -> list[Var]:
+    """Parts that a step reads of its `states`, if these need not be kept then, which are larger."""
+    parts: set[Var] = set()
+    arranged = set(states)
+    for equation in program.equations:
+        if arranged.intersection(variables(equation.invars)):
+            if is_free(equation) or equation.primitive in INDEXED:
+                arranged |= set(equation.outvars)
+            if equation.primitive in READS:
+                parts |= set(equation.outvars).difference(marked, kept)
+    needed = _needed(program, kept, active)
+    with_parts = _needed(program, [*kept, *parts], active)
+    read = [v for e in program.equations for v in e.outvars if v in parts and v in with_parts]
+    spared = [v for v in states if v in needed and v not in with_parts]
+    return read if 2 * sum(map(size_in_bytes, read)) <= sum(map(size_in_bytes, spared)) else []
 
 
 def _spares(
@@ -126,6 +154,8 @@ def _needed(program: Program, kept: Sequence[Var], active: set[Var]) -> set[Var]
             continue
         elif is_linear(equation):
             needed |= set(variables(operands[:1] if equation.primitive is select_n_p else []))
+        elif equation.primitive in INDEXED:
+            needed |= {v for v in variables(operands) if not is_inexact(v)}
         elif equation.primitive in PRODUCTS or equation.primitive is mul_p:
             for one, other in (operands, reversed(operands)):
                 needed |= set(variables([one] if active.intersection(variables([other])) else []))
@@ -147,7 +177,7 @@ def _kept(program: Program, consts: Sequence[Var], active: set[Var]) -> list[Var
     term may differ in its last digit, and none would: the terms are kept.
     """
     readers, splits = _readers(program), only_split(program)
-    compared, differentiated = _compared(program), _differentiated(program, active)
+    compared, differentiated = _compared(program), with_derivative(program, active)
     costly: set[Var] = set()
     reduced: set[Var] = set()  # those of `costly` that are few numbers made of many
     kept: dict[Var, None] = {}
@@ -199,15 +229,6 @@ def _compared(program: Program) -> set[Var]:
         lambda equation: equation.primitive in COMPARISONS,
         lambda equation: not is_heavy(equation) and equation.primitive not in REDUCTIONS,
     )
-
-
-def _differentiated(program: Program, active: set[Var]) -> set[Var]:
-    """What has a tangent that enters into one of a result."""
-    wanted = active.intersection(variables(program.outvars))
-    for equation in reversed(program.equations):
-        if not wanted.isdisjoint(equation.outvars):
-            wanted |= active.intersection(variables(equation.invars))
-    return wanted
 
 
 def _scales(equation: Equation, costly: Sequence[Var], active: set[Var]) -> bool:

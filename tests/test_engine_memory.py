@@ -188,6 +188,48 @@ def test_the_gradient_in_blocks_needs_less_memory_than_that_of_lax_scan():
     assert scratch_bytes(jaxrnn.scan, 512, chunk=32) <= 0.75 * plain
 
 
+def delay_line(buffer, x, w, u):
+    new = jnp.tanh(x @ w + buffer[0] @ u)
+    return jnp.concatenate([buffer[1:], new[None]]), new
+
+
+def ring_buffer(carry, x, w, u):
+    buffer, i = carry
+    old = lax.dynamic_index_in_dim(buffer, i % len(buffer), keepdims=False)
+    new = jnp.tanh(x @ w + old @ u)
+    return (lax.dynamic_update_index_in_dim(buffer, new, i % len(buffer), 0), i + 1), new
+
+
+def turned_buffer(buffer, x, w, u):
+    new = jnp.tanh(x @ w + buffer[jnp.array([1, 3])].sum(0) @ u)
+    return buffer[::-1].at[1].set(new), new
+
+
+@pytest.mark.parametrize("step", [delay_line, ring_buffer, turned_buffer])
+def test_of_a_buffer_what_each_step_reads_is_kept(step):
+    """And not the buffer of each step, which is 16 times as large."""
+    length, time = 16, 64
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal(shape) * 0.2, jnp.float32)
+
+    buffer = draw(length, BATCH, UNITS)
+    operands = draw(UNITS, UNITS), draw(UNITS, UNITS), buffer, draw(time, BATCH, UNITS)
+
+    def gradient(scan, **flags):
+        def loss(w, u, buffer, xs):
+            init = (buffer, 0) if step is ring_buffer else buffer
+            last, ys = scan(lambda carry, x: step(carry, x, w, u), init, xs, **flags)
+            return (ys**2).sum() + jax.tree.leaves(last)[0].sum()
+
+        return jax.jit(jax.grad(loss, (0, 1, 2, 3))).lower(*operands).compile()
+
+    ours, plain = gradient(jaxrnn.scan, method="sequential"), gradient(lax.scan)
+    assert_same(ours(*operands), plain(*operands), scale=10)
+    assert ours.memory_analysis().temp_size_in_bytes < time * buffer.nbytes / 2
+
+
 def test_weights_that_each_sample_looks_up_are_kept_for_no_step():
     """A mixture of experts: neither the weights looked up nor their gradients exist per step."""
     time, experts = 32, 3

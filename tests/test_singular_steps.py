@@ -293,3 +293,22 @@ def test_a_masked_step_without_an_output():
     assert (last, outputs) == (None, None)
     expected, _, _ = jaxrnn.rnn(with_output, inputs, [jnp.zeros((3, 4))], mask=GAPS)
     assert_same(states["h"], expected)
+
+
+@pytest.mark.parametrize("reads", [jax.lax.stop_gradient, jnp.sign])
+def test_infinite_weights_that_no_derivative_passes_make_no_gradient_infinite(reads):
+    """Two products of one state become one, but not if only one of them has a derivative."""
+    w, u = 0.3 * jnp.eye(4), 0.2 * jnp.ones((4, 4))
+    diverged = u.at[0, 0].set(jnp.inf)
+
+    def gradients(scan, **flags):
+        def loss(w, u):
+            def body(h, x):
+                new = jnp.tanh(x @ w + h @ u)
+                return new, (new, reads(h @ diverged))
+
+            return (scan(body, jnp.ones((2, 4)), jnp.ones((5, 2, 4)), **flags)[1][0] ** 2).sum()
+
+        return jax.grad(loss, (0, 1))(w, u)
+
+    assert_same(gradients(jaxrnn.scan, method="sequential"), gradients(jax.lax.scan))
