@@ -18,9 +18,16 @@ from jaxrnn._checkpoints import not_to_be_kept
 from jaxrnn._equations import can_run_batched, is_free, is_heavy, multiply_adds
 from jaxrnn._fission import Plan, Purpose
 from jaxrnn._gains import has_one_row
-from jaxrnn._jaxpr import is_inexact, shape, size
+from jaxrnn._jaxpr import (
+    Equation,
+    Program,
+    differentiable,
+    is_inexact,
+    shape,
+    size,
+)
 from jaxrnn._kernel import plan_kernel
-from jaxrnn._primitives import FACTORISATIONS, WRITES, lu_p, sort_p
+from jaxrnn._primitives import EXTREMES, FACTORISATIONS, WRITES, lu_p, sort_p
 from jaxrnn._split_gates import KernelMisfitError
 
 
@@ -30,7 +37,9 @@ def why_not_worthwhile(plan: Plan, time: int, chunk: int | str | None) -> str | 
     Measured on a CPU: a GRU of 4 units lost, one of 16 did not. The derivative of an
     eigendecomposition or the like decomposes once more, from whatever is kept: with more than 8
     rows gradients took 1.1 to 2 times as long. That of a sort sorts once more: with 400 to 2500
-    multiply-adds for each number gradients were 0.5 to 1.2 times as fast, with 8700 1.4 to 1.7. A
+    multiply-adds for each number gradients were 0.5 to 1.2 times as fast, with 8700 1.4 to 1.7.
+    That of a maximum compares once more: with 1 to 4 multiply-adds for each term (Viterbi's
+    algorithm) gradients were 0.78 to 0.93 times as fast, with 16 as fast. A
     cache that each step writes a part of, and that is kept whole for the gradient: from 256 KiB on,
     with less than a multiply-add outside the loop for each byte, that was all (0.94 to 1.03 times
     as fast, in JAX 0.12 0.77 to 0.99). Gradients of one step of random networks were 0.66 to 1.09
@@ -49,6 +58,7 @@ def why_not_worthwhile(plan: Plan, time: int, chunk: int | str | None) -> str | 
     factorised = [e.invars[0] for e in equations if e.primitive in FACTORISATIONS - {lu_p}]
     ordered = [e.invars[0] for e in equations if e.primitive is sort_p]
     numbers = sum(size(v) for v in ordered if is_inexact(v))
+    compared = sum(size(e.invars[0]) for e in _maxima(plan.body))
     heavy = [e for e in equations if is_heavy(e) and can_run_batched(e)]
     products = list(filter(multiply_adds, heavy))
     are_small = len(products) == len(heavy) and sum(map(multiply_adds, products)) < 2048
@@ -62,9 +72,16 @@ def why_not_worthwhile(plan: Plan, time: int, chunk: int | str | None) -> str | 
             shape(v)[-2] > 8 for v in factorised
         ),
         "the gradient would sort once more": sum(map(multiply_adds, equations)) < numbers << 12,
+        "the gradient would compare once more": sum(map(multiply_adds, equations)) < compared << 4,
         "the products that can leave the loop are too small": are_small,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _maxima(body: Program) -> list[Equation]:
+    """The maxima and minima in a body that have a derivative."""
+    found = differentiable(body)
+    return [e for e in body.equations if e.primitive in EXTREMES and e.outvars[0] in found]
 
 
 def is_soon_made_again(plan: Plan, time: int, chunk: int | str | None) -> bool:

@@ -61,6 +61,23 @@ def multiply_adds(equation: Equation) -> int:
     return per_output * size(equation.outvars[0])
 
 
+def rows_of_each_matrix(product: Equation, matrices: int) -> int:
+    """How many rows meet each matrix where a product has several; 0 if it has one.
+
+    Args:
+        product: what to look at.
+        matrices: which operand holds the matrices, as one for each sample or each head.
+    """
+    if product.primitive is not dot_general_p:
+        return 0
+    contracted, batch = product.params["dimension_numbers"]
+    if not batch[0]:
+        return 0
+    lengths = shape(product.invars[1 - matrices])
+    taken = {*contracted[1 - matrices], *batch[1 - matrices]}
+    return math.prod(length(n) for axis, n in enumerate(lengths) if axis not in taken)
+
+
 def product_options(equation: Equation, *, swapped: bool) -> dict[str, Any]:
     """The parameters of a matrix product but for its axes; with its operands `swapped`."""
     options = {name: x for name, x in equation.params.items() if name != "dimension_numbers"}

@@ -79,10 +79,24 @@ def decomposing(rows):
     return body, ones((rows, rows)), ones((TIME, rows, rows))
 
 
+def comparing(states):
+    """A step of Viterbi's algorithm: a maximum over so many states for each of them."""
+    transitions, emissions = ones((states, states)), ones((128, states))
+
+    def body(scores, x):
+        return jnp.max(scores[:, :, None] + transitions, axis=1) + x @ emissions, None
+
+    return body, ones((16, states)), ones((TIME, 16, 128))
+
+
 @pytest.mark.parametrize(
     ("step", "least", "most", "why"),
-    [(sorting, 16, 64, "sort once more"), (decomposing, 8, 16, "decompose matrices once more")],
-    ids=["sorting", "decomposing"],
+    [
+        (sorting, 16, 64, "sort once more"),
+        (decomposing, 8, 16, "decompose matrices once more"),
+        (comparing, 8, 16, "compare once more"),
+    ],
+    ids=["sorting", "decomposing", "comparing"],
 )
 def test_what_a_gradient_would_have_to_do_again_is_left_alone(step, least, most, why):
     assert jaxrnn.explain_scan(*step(least)).startswith('method "sequential"')

@@ -366,3 +366,19 @@ def test_one_column_for_all_gates_is_repeated_and_not_cut():
     assert_same(
         jax.jit(run, static_argnums=0)(ours, u, v), jax.jit(run, static_argnums=0)(lax.scan, u, v)
     )
+
+
+@pytest.mark.parametrize(("rows", "inside"), [(1, 1), (15, 1), (16, 2)])
+def test_products_of_many_rows_with_a_matrix_of_each_sample_stay(rows, inside):
+    """The rows of all steps would have to be brought together, sample by sample."""
+    matrices, w = np.ones((BATCH, FEATURES, 3)), np.ones((3, 3))
+
+    def body(h, x):
+        h = jnp.tanh(jnp.einsum("bkd,bdq->bkq", x, matrices) + h @ w)
+        return h, h
+
+    def run(h, xs):
+        return jaxrnn.scan(body, h, xs, **SPLIT)
+
+    jaxpr = jax.make_jaxpr(run)(np.ones((BATCH, rows, 3)), np.ones((TIME, BATCH, rows, FEATURES)))
+    assert products_in_innermost_loops(jaxpr) == [inside]
