@@ -8,14 +8,14 @@ import jax
 
 
 def gpu() -> Any:
-    """The NVIDIA GPU that is computed on or None."""
+    """The NVIDIA GPU that is computed on, or None."""
     device = _device()
     is_cuda = device.platform == "gpu" and "cuda" in device.client.platform_version
     return device if is_cuda else None
 
 
 def is_lone_cpu() -> bool:
-    """Whether a CPU is computed on and nothing beside it."""
+    """Whether a CPU is computed on, and nothing beside it."""
     return jax.device_count() == 1 and is_cpu()
 
 

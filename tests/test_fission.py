@@ -382,3 +382,20 @@ def test_products_of_many_rows_with_a_matrix_of_each_sample_stay(rows, inside):
 
     jaxpr = jax.make_jaxpr(run)(np.ones((BATCH, rows, 3)), np.ones((TIME, BATCH, rows, FEATURES)))
     assert products_in_innermost_loops(jaxpr) == [inside]
+
+
+def test_the_gradients_of_an_ensemble_within_a_step_are_products_outside_the_loop():
+    """A loop would write the gradient of all weights at each step."""
+    members, rows = 2, 16
+    u = np.ones((members, UNITS, UNITS))
+
+    def loss(u, h, xs):
+        def body(h, x):
+            h = jax.vmap(lambda h, u: jnp.tanh(x + h @ u))(h, u)
+            return h, h
+
+        return sum_of_sines(jaxrnn.scan(body, h, xs, **SPLIT))
+
+    h, xs = np.ones((members, rows, UNITS)), np.ones((TIME, rows, UNITS))
+    gradient = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(u, h, xs)
+    assert products_in_innermost_loops(gradient) == [1, 1]
