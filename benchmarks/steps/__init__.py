@@ -32,6 +32,7 @@ LONG = Size(8, 2048, 32, 32)
 
 STEPS = (
     Step("Elman", gated.elman, (TINY, ONE, NARROW, MEDIUM, LARGE)),
+    Step("Elman, dilated", memories.dilated, (SMALL, MEDIUM)),
     Step("LSTM", gated.lstm, (TINY, ONE, NARROW, MEDIUM, LARGE)),
     Step("LSTM under a checkpoint", gated.lstm_checkpointed, (NARROW, MEDIUM)),
     Step("LSTM, checkpoint in part", gated.lstm_checkpointed_in_part, (NARROW, MEDIUM)),
@@ -47,6 +48,7 @@ STEPS = (
     Step("moving average", other.moving_average, (TINY, MEDIUM)),
     Step("two LSTM layers", gated.two_layers, (SMALL, MEDIUM)),
     Step("LSTM, attention readout", gated.attention_readout, (MEDIUM,)),
+    Step("GRU, attention decoder", language.attention_decoder, (Size(8, 64, 32, 64), MEDIUM)),
     Step("LSTM, layer norm", gated.layer_norm_lstm, (MEDIUM,)),
     Step("HyperLSTM", gated.hyper_lstm, (MEDIUM,)),
     Step("Elman, weight norm", other.weight_norm, (MEDIUM,)),
@@ -76,6 +78,8 @@ STEPS = (
         memories.selective,
         (Size(1, 128, 64, 64), Size(16, 128, 64, 128)),
     ),
+    Step("Mamba", memories.mamba, (Size(1, 256, 64, 64), Size(8, 64, 64, 64))),
+    Step("attention, blocks of keys", memories.blocks_of_keys, (Size(8, 64, 1, 64),)),
     Step("key-value cache", memories.key_value_cache, (Size(8, 128, 64, 64),)),
     Step(
         "HiPPO, a solve each step",
@@ -85,6 +89,7 @@ STEPS = (
     Step("mixture of experts", other.experts, (Size(16, 128, 64, 64),)),
     Step("Elman, sparsemax", other.sparsemax, (NARROW, MEDIUM)),
     Step("CTC", other.ctc, (Size(16, 128, 64, 20), Size(64, 64, 64, 20))),
+    Step("Viterbi", other.viterbi, (Size(16, 64, 32, 32),)),
     Step("hidden Markov model", other.hidden_markov, (Size(16, 128, 64, 64),)),
     Step("test-time training", memories.test_time_training, (Size(16, 128, 64, 64),)),
     Step("Euler, two-layer network", other.euler, (SMALL, MEDIUM)),

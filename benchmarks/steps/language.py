@@ -66,3 +66,30 @@ def token_loss(draw: Draw, size: Size) -> Loop:
     }
     tokens = draw.integers(vocabulary, T + 1, B)
     return loop(body, params, (draw.normal(B, H), jnp.zeros(B)), (tokens[:-1], tokens[1:]))
+
+
+def attention_decoder(draw: Draw, size: Size) -> Loop:
+    """A GRU that attends to 24 encoder states by a small network at each step (Bahdanau)."""
+    B, T, D, H = size
+    places, vocabulary = 24, 200
+
+    def body(p):
+        keys = p["encoded"] @ p["K"]
+
+        def step(h, token):
+            scores = jnp.tanh(keys + (h @ p["Q"])[:, None]) @ p["v"]
+            context = jnp.einsum("bs,bsh->bh", jax.nn.softmax(scores), p["encoded"])
+            x = jnp.concatenate([p["embedding"][token], context], axis=-1)
+            h = gru_cell(p, x, h)
+            return h, jax.nn.log_softmax(h @ p["V"])
+
+        return step
+
+    params = draw.gates(3, D + H, H) | {name: draw.weight(H, H) for name in "KQ"}
+    params |= {
+        "encoded": draw.normal(B, places, H),
+        "v": draw.normal(H),
+        "embedding": draw.normal(vocabulary, D),
+        "V": draw.weight(H, vocabulary),
+    }
+    return loop(body, params, draw.normal(B, H), draw.integers(vocabulary, T, B))

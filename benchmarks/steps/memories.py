@@ -206,3 +206,71 @@ def polynomial_memory(draw: Draw, size: Size) -> Loop:
         return step
 
     return loop(body, draw.weight(D, 1), (draw.normal(B, H), jnp.ones(())), draw.normal(T, B, D))
+
+
+def dilated(draw: Draw, size: Size) -> Loop:
+    """An Elman network whose state is that of 16 steps ago, held in a delay line."""
+    B, T, D, H = size
+
+    def body(p):
+        def step(line, x):
+            h = jnp.tanh(x @ p["W"] + line[0] @ p["U"] + p["b"])
+            return jnp.concatenate([line[1:], h[None]]), h
+
+        return step
+
+    return loop(body, draw.gates(1, D, H), draw.normal(16, B, H), draw.normal(T, B, D))
+
+
+def mamba(draw: Draw, size: Size) -> Loop:
+    """A block of Mamba: a short convolution with a state, then a selective state space."""
+    B, T, D, H = size
+    inner, numbers, rank, width = 2 * H, 8, 4, 4
+
+    def body(p):
+        def step(carry, x):
+            window, memory = carry
+            z, gate = jnp.split(x @ p["W"], 2, axis=-1)
+            window = jnp.concatenate([window[:, 1:], z[:, None]], axis=1)
+            u = jax.nn.silu((window * p["filter"]).sum(1) + p["b"])
+            time, key, query = jnp.split(u @ p["S"], [rank, rank + numbers], axis=-1)
+            time = jax.nn.softplus(time @ p["time"] + p["c"])
+            memory *= jnp.exp(-jnp.exp(p["log_rate"]) * time[..., None])
+            memory += (time * u)[..., None] * key[:, None]
+            y = jnp.einsum("bin,bn->bi", memory, query) + p["skip"] * u
+            return (window, memory), (y * jax.nn.silu(gate)) @ p["V"]
+
+        return step
+
+    params = {
+        "W": draw.weight(D, 2 * inner),
+        "filter": draw.normal(width, inner, scale=0.5),
+        "S": draw.weight(inner, rank + 2 * numbers),
+        "time": draw.weight(rank, inner),
+        "log_rate": draw.normal(inner, numbers),
+        "V": draw.weight(inner, D),
+    } | {name: draw.normal(inner) for name in ("b", "c", "skip")}
+    init = (draw.normal(B, width, inner), draw.normal(B, inner, numbers))
+    return loop(body, params, init, draw.normal(T, B, D))
+
+
+def blocks_of_keys(draw: Draw, size: Size) -> Loop:
+    """16 queries of each sample that meet 16 keys a step: softmax attention as running sums."""
+    B, T, _, H = size
+    count = 16
+
+    def body(queries):
+        def step(carry, block):
+            most, total, read = carry
+            keys, values = block
+            scores = jnp.einsum("bqd,bkd->bqk", queries, keys)
+            new = jnp.maximum(most, scores.max(-1))
+            weights, fades = jnp.exp(scores - new[..., None]), jnp.exp(most - new)
+            read = read * fades[..., None] + jnp.einsum("bqk,bkd->bqd", weights, values)
+            return (new, total * fades + weights.sum(-1), read), None
+
+        return step
+
+    init = (draw.normal(B, count), jnp.ones((B, count)), draw.normal(B, count, H))
+    xs = (draw.normal(T, B, count, H), draw.normal(T, B, count, H))
+    return loop(body, draw.normal(B, count, H), init, xs)

@@ -229,6 +229,21 @@ def ctc(draw: Draw, size: Size) -> Loop:
     return loop(body, draw.weight(D, symbols), start, draw.normal(T, B, D))
 
 
+def viterbi(draw: Draw, size: Size) -> Loop:
+    """The best path through H states: its score so far, and where it came from."""
+    B, T, D, H = size
+
+    def body(p):
+        def step(scores, x):
+            through = scores[:, :, None] + p["transitions"]
+            return jnp.max(through, axis=1) + x @ p["W"], jnp.argmax(through, axis=1)
+
+        return step
+
+    params = {"transitions": draw.normal(H, H), "W": draw.weight(D, H)}
+    return loop(body, params, draw.normal(B, H), draw.normal(T, B, D))
+
+
 def hidden_markov(draw: Draw, size: Size) -> Loop:
     """The forward algorithm over as many states as units, in logarithms: a sum over all pairs."""
     B, T, D, H = size
