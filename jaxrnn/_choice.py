@@ -41,13 +41,13 @@ def why_not_worthwhile(plan: Plan, time: int, chunk: int | str | None) -> str | 
     rows gradients took 1.1 to 2 times as long. That of a sort sorts once more: with 400 to 2500
     multiply-adds for each number gradients were 0.5 to 1.2 times as fast, with 8700 1.4 to 1.7.
     That of a maximum compares once more: with 1 to 4 multiply-adds for each term (Viterbi's
-    algorithm) gradients were 0.78 to 0.93 times as fast, with 16 as fast. A
-    cache that each step writes a part of, and that is kept whole for the gradient: from 256 KiB on,
-    with less than a multiply-add outside the loop for each byte, that was all (0.94 to 1.03 times
-    as fast, in JAX 0.12 0.77 to 0.99). Gradients of one step of random networks were 0.66 to 1.09
-    times as fast; with one sample and little work in 3 to 7 steps 0.56 to 1.12 times, in 12 steps
-    0.93 to 1.28. Where products stay, each of a matrix for each sample or of two states, gradients
-    were 0.8 to 1.2 times as fast. On a GPU unrolling gains by itself.
+    algorithm) gradients were 0.78 to 0.93 times as fast, with 16 as fast. A cache that each step
+    writes a part of, and that is kept whole for the gradient: from 256 KiB on, with less than a
+    multiply-add outside the loop for each byte, that was all (0.94 to 1.03 times as fast, in JAX
+    0.12 0.77 to 0.99). Gradients of one step of random networks were 0.66 to 1.09 times as fast;
+    with one sample and little work in 3 to 7 steps 0.56 to 1.12 times, in 12 steps 0.93 to 1.28.
+    Where products stay, each of a matrix for each sample or of two states, gradients were 0.8 to
+    1.2 times as fast. On a GPU unrolling gains by itself.
     """
     if time == 1:
         return "one step has nothing to share with others"
