@@ -54,7 +54,7 @@ def why_not_worthwhile(plan: Plan, time: int, chunk: int | str | None) -> str | 
     if _device.gpu() is not None:
         return None
     equations = plan.body.equations
-    leaves = sum(map(multiply_adds, plan.in_passes))
+    leaves, work = (sum(map(multiply_adds, part)) for part in (plan.in_passes, equations))
     written = [e for e in equations if e.primitive in WRITES]
     caches = bytes_of(e.outvars[0] for e in written if e.invars[0] in plan.carries)
     is_large = caches >= 1 << 18 and leaves < caches
@@ -74,8 +74,8 @@ def why_not_worthwhile(plan: Plan, time: int, chunk: int | str | None) -> str | 
         "the gradient would decompose matrices once more": any(
             shape(v)[-2] > 8 for v in factorised
         ),
-        "the gradient would sort once more": sum(map(multiply_adds, equations)) < numbers << 12,
-        "the gradient would compare once more": sum(map(multiply_adds, equations)) < compared << 4,
+        "the gradient would sort once more": work < numbers << 12,
+        "the gradient would compare once more": work < compared << 4,
         "no matmul can leave the loop, nor the gradient of a matrix": _keeps_products_in(plan),
         "the products that can leave the loop are too small": are_small,
     }

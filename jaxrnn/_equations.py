@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxrnn._jaxpr import SPELLED_OUT, Equation, dtype, inner_equations, length, shape, size
+from jaxrnn._jaxpr import SPELLED_OUT, Equation, Var, dtype, inner_equations, length, shape, size
 from jaxrnn._primitives import (
     ARITHMETIC,
     FREE,
@@ -61,21 +61,24 @@ def multiply_adds(equation: Equation) -> int:
     return per_output * size(equation.outvars[0])
 
 
-def rows_of_each_matrix(product: Equation, matrices: int) -> int:
-    """How many rows meet each matrix where a product has several; 0 if it has one.
+def rows_of_each_matrix(product: Equation, is_fixed: Callable[[Var], bool]) -> int | None:
+    """How many rows meet each matrix where a fixed operand has several, one for each sample, say.
 
-    Args:
-        product: what to look at.
-        matrices: which operand holds the matrices, as one for each sample or each head.
+    0 if it has one; None if no operand is fixed.
     """
-    if product.primitive is not dot_general_p:
-        return 0
+    sides = [i for i, v in enumerate(product.invars) if isinstance(v, Var) and is_fixed(v)]
+    if not sides or product.primitive is not dot_general_p:
+        return 0 if sides else None
     contracted, batch = product.params["dimension_numbers"]
     if not batch[0]:
         return 0
-    lengths = shape(product.invars[1 - matrices])
-    taken = {*contracted[1 - matrices], *batch[1 - matrices]}
-    return math.prod(length(n) for axis, n in enumerate(lengths) if axis not in taken)
+
+    def rows(side: int) -> int:
+        taken = {*contracted[side], *batch[side]}
+        lengths = enumerate(shape(product.invars[side]))
+        return math.prod(length(n) for axis, n in lengths if axis not in taken)
+
+    return min(rows(1 - side) for side in sides)
 
 
 def product_options(equation: Equation, *, swapped: bool) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def _product_gains(equation: Equation, plan: Plan) -> bool:
     times as fast, 4 and more 0.3 to 0.9 times.
     """
     work = multiply_adds(equation)
-    if _rows_of_each_matrix(equation, plan) > _FEW_ROWS:
+    if (rows_of_each_matrix(equation, lambda v: plan.times[v] == -1) or 0) > _FEW_ROWS:
         return False
     if equation.primitive is conv_general_dilated_p:
         return work > 1 << 18
@@ -140,12 +140,6 @@ def wants_the_cache(plan: Plan) -> bool:
         return False
     products = filter(multiply_adds, plan.in_loops)
     return any(_ON_ONE_CORE < _weights(e, plan) < multiply_adds(e) for e in products)
-
-
-def _rows_of_each_matrix(equation: Equation, plan: Plan) -> int:
-    """The same as of `rows_of_each_matrix`, for the operand that is the same at every step."""
-    sides = (i for i, v in enumerate(equation.invars) if isinstance(v, Var) and plan.times[v] == -1)
-    return min((rows_of_each_matrix(equation, side) for side in sides), default=0)
 
 
 def _weights(equation: Equation, plan: Plan) -> int:

@@ -117,7 +117,7 @@ class Blocking(NamedTuple):
 class Decision(NamedTuple):
     """How a split body is run where no gradient is taken, and where one is.
 
-    Without a gradient, plain `lax.scan` may have the results just as soon: then they are `plain`.
+    Without a gradient, plain `lax.scan` may have the results just as soon: `is_plain`.
     """
 
     results: Blocking
@@ -336,8 +336,8 @@ def split_body(
     """A body, from `trace_body`, after fission, or why the engine stands aside."""
     opened = through_checkpoints(traced, [*carry, *x])
     traced = share(opened or traced, [*carry, *x])
-    has_any = any(is_heavy(e) and can_run_batched(e) for e in traced.program.equations)
-    if not has_any and not _gains_anyway(method):
+    leaves = any(is_heavy(e) and can_run_batched(e) for e in traced.program.equations)
+    if not leaves and not _gains_anyway(method):
         return "no matmul or random draw can be moved out of the loop"
     example = [*traced.consts, *carry, *x]
     body = simplify(traced.program, len(traced.consts), len(carry), example)

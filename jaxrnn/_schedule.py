@@ -95,10 +95,10 @@ def earns_a_pass(equation: Equation, fixed: set[Var]) -> bool:
     """
     if not (is_heavy(equation) and can_run_batched(equation)):
         return False
-    sides = [i for i, v in enumerate(equation.invars) if isinstance(v, Var) and v in fixed]
-    if not multiply_adds(equation) or _device.gpu() is not None:
-        return not multiply_adds(equation) or bool(sides)
-    return any(rows_of_each_matrix(equation, side) < _MANY_ROWS for side in sides)
+    if not multiply_adds(equation):
+        return True
+    rows = rows_of_each_matrix(equation, fixed.__contains__)
+    return rows is not None and (rows < _MANY_ROWS or _device.gpu() is not None)
 
 
 def equations_for(program: Program, wanted: Iterable[Var], known: Container[Var]) -> list[Equation]:
