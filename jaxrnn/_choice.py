@@ -21,14 +21,25 @@ from jaxrnn._gains import has_one_row
 from jaxrnn._jaxpr import (
     Equation,
     Program,
+    Var,
     differentiable,
     is_inexact,
     shape,
     size,
+    size_in_bytes,
     variables,
 )
 from jaxrnn._kernel import plan_kernel
-from jaxrnn._primitives import EXTREMES, FACTORISATIONS, WRITES, dot_general_p, lu_p, sort_p
+from jaxrnn._primitives import (
+    EXTREMES,
+    FACTORISATIONS,
+    INDEXED,
+    READS,
+    WRITES,
+    dot_general_p,
+    lu_p,
+    sort_p,
+)
 from jaxrnn._schedule import earns_a_pass
 from jaxrnn._split_gates import KernelMisfitError
 
@@ -55,9 +66,9 @@ def why_not_worthwhile(plan: Plan, time: int, chunk: int | str | None) -> str | 
         return None
     equations = plan.body.equations
     leaves, work = (sum(map(multiply_adds, part)) for part in (plan.in_passes, equations))
-    written = [e for e in equations if e.primitive in WRITES]
-    caches = bytes_of(e.outvars[0] for e in written if e.invars[0] in plan.carries)
-    is_large = caches >= 1 << 18 and leaves < caches
+    written = {v for e in equations if e.primitive in WRITES for v in variables(e.invars[:1])}
+    kept = sum(_bytes_kept(plan.body, cache) for cache in plan.carries if cache in written)
+    is_large = kept >= 1 << 18 and leaves < kept
     factorised = [e.invars[0] for e in equations if e.primitive in FACTORISATIONS - {lu_p}]
     ordered = [e.invars[0] for e in equations if e.primitive is sort_p]
     numbers = sum(size(v) for v in ordered if is_inexact(v))
@@ -88,6 +99,21 @@ def _keeps_products_in(plan: Plan) -> bool:
     return all(e.primitive is dot_general_p for e in heavy) and not any(
         earns_a_pass(e, {v for v in variables(e.invars) if plan.times[v] == -1}) for e in heavy
     )
+
+
+def _bytes_kept(body: Program, cache: Var) -> int:
+    """How much of a cache its step's gradient needs: what is read of it, or all of it."""
+    held, read = {cache}, set[Var]()
+    for equation in body.equations:
+        if held.isdisjoint(variables(equation.invars)):
+            continue
+        if equation.primitive in READS:
+            read |= set(equation.outvars)
+        elif is_free(equation) or equation.primitive in INDEXED:
+            held |= set(equation.outvars)
+        else:
+            return size_in_bytes(cache)
+    return min(bytes_of(read), size_in_bytes(cache))
 
 
 def _maxima(body: Program) -> list[Equation]:

@@ -406,3 +406,23 @@ def test_a_large_cache_is_left_alone_unless_much_leaves_the_loop(
         )
 
     assert (products(jaxrnn.scan) == products(lax.scan)) == left_alone
+
+
+def test_a_large_ring_buffer_that_is_read_at_one_place_is_not_left_alone():
+    """Unlike a cache that is read whole, it need not be kept for the gradient: what is read is."""
+    params, xs = np.ones((2, 32, 32), np.float32), np.ones((8, 8, 32), np.float32)
+
+    def products(scan):
+        def loss(params, xs):
+            def step(carry, x):
+                ring, t = carry
+                old = lax.dynamic_index_in_dim(ring, t % 256, 0, keepdims=False)
+                new = jnp.tanh(x @ params[0] + old @ params[1])
+                return (lax.dynamic_update_index_in_dim(ring, new, t % 256, 0), t + 1), new
+
+            return scalar_of(scan(step, (np.zeros((256, 8, 32), np.float32), 0), xs)[1])
+
+        return products_in_innermost_loops(jax.make_jaxpr(jax.grad(loss))(params, xs))
+
+    assert products(lax.scan) == [2, 3]
+    assert products(jaxrnn.scan) == [1, 1]
