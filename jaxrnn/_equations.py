@@ -9,7 +9,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxrnn._jaxpr import SPELLED_OUT, Equation, Var, dtype, inner_equations, length, shape, size
+from jaxrnn._jaxpr import (
+    SPELLED_OUT,
+    Equation,
+    Var,
+    dtype,
+    inner_equations,
+    is_inexact,
+    length,
+    shape,
+    size,
+)
 from jaxrnn._primitives import (
     ARITHMETIC,
     FREE,
@@ -21,10 +31,12 @@ from jaxrnn._primitives import (
     PINNED,
     PRODUCTS,
     SLOPE_BY_OUTPUT,
+    SLOW,
     TRANSCENDENTAL,
     conv_general_dilated_p,
     dot_general_p,
     key_conversions,
+    scan_p,
     slice_p,
     split_p,
 )
@@ -125,6 +137,11 @@ def is_transcendental(equation: Equation) -> bool:
     return equation.primitive in TRANSCENDENTAL
 
 
+def is_slow(equation: Equation) -> bool:
+    """Whether `equation` is a special function or the like, not to be computed twice."""
+    return equation.primitive in SLOW and is_inexact(equation.outvars[0])
+
+
 def is_linear(equation: Equation) -> bool:
     """Whether the derivative of `equation` needs none of its operands.
 
@@ -194,6 +211,14 @@ def calls(equation: Equation) -> bool:
 def has_own_rule(equation: Equation) -> bool:
     """Whether `equation` calls a `custom_jvp` or `custom_vjp` function."""
     return any(e.primitive in OWN_RULES for e in with_inner([equation]))
+
+
+def hidden_multiply_adds(equation: Equation) -> int:
+    """The multiply-adds of all rounds of a loop; 0 of anything else."""
+    if equation.primitive is not scan_p:
+        return 0
+    inner = with_inner(inner_equations(equation))
+    return equation.params["length"] * sum(map(multiply_adds, inner))
 
 
 def hides_product(equation: Equation) -> bool:

@@ -19,6 +19,7 @@ from jaxrnn._equations import (
     is_arithmetic,
     is_free,
     is_heavy,
+    is_slow,
     is_transcendental,
     multiply_adds,
 )
@@ -26,7 +27,14 @@ from jaxrnn._every_step import has_backward_rule
 from jaxrnn._jaxpr import Atom, Equation, Literal, Program, Var, size, size_in_bytes, variables
 from jaxrnn._primitives import SUMS
 from jaxrnn._samples_last_form import Form
-from jaxrnn._schedule import coefficients, earns_a_pass, feeds_carries, is_a_loop, schedule
+from jaxrnn._schedule import (
+    coefficients,
+    earns_a_pass,
+    feeds_carries,
+    is_a_loop,
+    is_large_sum,
+    schedule,
+)
 
 # What a body makes: results alone, results and what a tangent needs, or a tangent.
 Purpose = typing.Literal["results", "residuals", "tangent"]
@@ -123,10 +131,11 @@ def fission(
         body: `(consts, carry, x) -> (carry, y)`, everything flat, without effects.
         consts: number of consts.
         carry: number of carries.
-        purpose: what it is for. In a tangent exponentials and the like, of what is known before a
-            loop, leave it as well unless it holds a product. They stand beside shifts and sums,
-            into whose transposes XLA would copy them one by one. With a product only sines and the
-            like do that are spread over larger arrays: XLA may compute them for each element.
+        purpose: what it is for. In a gradient slow functions of what is known before a loop leave
+            it. In a tangent exponentials and the like do as well unless it holds a product. They
+            stand beside shifts and sums, into whose transposes XLA would copy them one by one. With
+            a product only sines and the like do that are spread over larger arrays: XLA may compute
+            them for each element.
         accumulated: consts whose cotangents a loop would have to add up step by step. What depends
             on them enters a loop a row per step, so that a pass over the block adds up instead.
         in_place: whether a loop reads rows where they lie. A pass would copy them block by block,
@@ -164,7 +173,7 @@ class _Cut:
         self.heavy: set[Var] = set()
         self.accumulated: set[Var] = set(accumulated)
         self.in_place = in_place
-        self.coefficients = coefficients(body, times) if purpose == "tangent" else set()
+        self.coefficients = coefficients(body, times, purpose)
         for equation in body.equations:
             self._weigh(equation)
         # What is still wanted of what has not been cut yet: a row per step, or one value for all.
@@ -295,7 +304,8 @@ class _Cut:
         and as fast by 32 to 64 KiB. Results alone were up to 1.3 times as fast without.
         """
         small = size_in_bytes(equation.outvars[0]) <= 1 << 15
-        return small and is_transcendental(equation) and self.purpose != "results"
+        dear = is_slow(equation) or (small and is_transcendental(equation))
+        return dear and self.purpose != "results"
 
     def _repeats(self, equation: Equation) -> bool:
         """Whether to run `equation` again on the far side of a cut rather than carry its result.
@@ -363,7 +373,7 @@ class _Cut:
 
     def _is_const(self, v: Var) -> bool:
         """Whether a loop takes `v` as it is; a matrix is cheaper added up than stored per step."""
-        return v in self.fixed and (v not in self.accumulated or _is_large(v))
+        return v in self.fixed and (v not in self.accumulated or is_large_sum(v))
 
     def _time(self, atom: Atom) -> int:
         return -1 if isinstance(atom, Literal) else self.times[atom]

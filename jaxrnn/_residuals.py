@@ -15,7 +15,7 @@ import jax
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
 from jaxrnn._checkpoints import not_to_be_kept
-from jaxrnn._equations import is_free, is_heavy, is_linear, slope_by_output
+from jaxrnn._equations import is_free, is_heavy, is_linear, is_slow, slope_by_output
 from jaxrnn._jaxpr import (
     Atom,
     Equation,
@@ -171,7 +171,8 @@ def _kept(program: Program, consts: Sequence[Var], active: set[Var]) -> list[Var
     the derivative passes without them. If that is one equation whose result tells its derivative,
     the result is kept instead. Of what is made from random bits, what meets the data is kept: a
     dropout mask, not the bits. What is looked up in a const is looked up again. Sums and maxima of
-    many terms are kept as products are, but not what repeats them for each term.
+    many terms are kept as products are, but not what repeats them for each term; so are results of
+    slow functions.
 
     The derivative of a maximum asks which of its terms equals it. Computed twice, in two places, a
     term may differ in its last digit, and none would: the terms are kept.
@@ -185,7 +186,7 @@ def _kept(program: Program, consts: Sequence[Var], active: set[Var]) -> list[Var
         read_here = [v for v in variables(equation.invars) if v in costly]
         is_active_here = equation.outvars[0] in active
         looked_up = equation.primitive is gather_p and equation.invars[0] in consts
-        heavy = is_heavy(equation) and not looked_up
+        heavy = is_slow(equation) or (is_heavy(equation) and not looked_up)
         if equation.primitive in EXTREMES and equation.outvars[0] in differentiated:
             terms = set(variables(equation.invars)).difference(program.invars)
             kept |= dict.fromkeys(terms)

@@ -27,6 +27,7 @@ from jaxrnn._jaxpr import (
     as_function_of,
     bind,
     dependents,
+    is_inexact,
     parts,
     read,
     trace,
@@ -253,8 +254,11 @@ class Tangent:
         slope = slope_by_output(function) if known.keys() >= set(equation.outvars) else None
         by_output = slope is not None and function is equation
         origins = operands if by_output else bind(equation, operands)
+        derived = {v for v in equation.outvars if v in known and is_inexact(v)}
         return [
-            _with_slope(slope or _as_it_is, known[v], origin) if v in known else origin
+            _with_slope(slope or _as_it_is, known[v], origin)
+            if v in derived
+            else known.get(v, origin)
             for v, origin in zip(equation.outvars, origins, strict=True)
         ]
 

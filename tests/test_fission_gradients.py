@@ -181,6 +181,99 @@ def test_what_a_product_is_scaled_by_is_not_computed_again_in_the_loop():
     assert [count(body, cosine) for body in innermost] == [0] * len(innermost)
 
 
+def time_gate(h, x, p):
+    phase = jnp.mod(x[:, :1], p["scale"]) / p["scale"]
+    return jnp.where(phase < 0.5, phase, 1 - phase) * h
+
+
+def angle(h, x, p):
+    return jnp.arctan2(h, p["scale"]) * h
+
+
+def likelihood(h, x, p):
+    return h * lax.lgamma(jnp.exp(x @ p["w"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "slow"),
+    [
+        (time_gate, {lax.rem_p: 1}),
+        (angle, {lax.atan2_p: 1}),
+        (likelihood, {lax.lgamma_p: 1, lax.digamma_p: 1}),
+    ],
+)
+def test_slow_functions_are_computed_once(change, slow):
+    """For the forward pass and its gradient, in loops and in passes together."""
+    rng = np.random.default_rng(0)
+    shapes = {"w": (FEATURES, UNITS), "u": (UNITS, UNITS), "scale": (UNITS,)}
+    p = {k: jnp.asarray(rng.uniform(0.5, 1, n), jnp.float32) for k, n in shapes.items()}
+    state, xs = (
+        jnp.asarray(rng.uniform(0.1, 1, shape), jnp.float32)
+        for shape in ((BATCH, UNITS), (TIME, BATCH, FEATURES))
+    )
+
+    def gradient(scan, **flags):
+        def loss(p, state, xs):
+            def step(h, x):
+                h = jnp.tanh(x @ p["w"] + change(h, x, p) @ p["u"])
+                return h, h
+
+            return sum_of_sines(scan(step, state, xs, **flags))
+
+        return jax.grad(loss, (0, 1, 2))
+
+    program = jax.make_jaxpr(gradient(jaxrnn.scan, **SPLIT))(p, state, xs)
+    runs = {
+        primitive: sum(
+            times * e.outvars[0].aval.size
+            for e, times in equations(program)
+            if e.primitive is primitive
+        )
+        for primitive in slow
+    }
+    assert runs == {k: times * TIME * BATCH * UNITS for k, times in slow.items()}
+    assert_same(gradient(jaxrnn.scan, **SPLIT)(p, state, xs), gradient(lax.scan)(p, state, xs))
+
+
+def masked_weights(u, x):
+    return u * (x[0, 0] > u)
+
+
+def scaled_weights(u, x):
+    return u / (1 + x[0, 0] ** 2)
+
+
+@pytest.mark.parametrize("weights", [masked_weights, scaled_weights])
+@pytest.mark.parametrize(("units", "in_a_pass"), [(32, True), (64, False)])
+def test_large_weights_of_each_step_are_made_in_the_loop_of_the_gradient(weights, units, in_a_pass):
+    """And their gradients added up there: those of all steps would fill the memory."""
+    rng = np.random.default_rng(0)
+    shapes = (FEATURES, units), (units, units), (BATCH, units), (TIME, BATCH, FEATURES)
+    operands = [jnp.asarray(rng.uniform(-0.3, 0.3, shape), jnp.float32) for shape in shapes]
+
+    def gradient(scan, **flags):
+        def loss(w, u, state, xs):
+            def step(h, x):
+                h = jnp.tanh(x @ w + h @ weights(u, x))
+                return h, h
+
+            return sum_of_sines(scan(step, state, xs, **flags))
+
+        return jax.grad(loss, (0, 1, 2, 3))
+
+    program = jax.make_jaxpr(gradient(jaxrnn.scan, **SPLIT))(*operands)
+    sizes = [v.aval.size for e, _ in equations(program) for v in e.outvars]
+    assert (max(sizes) >= SPLIT["chunk"] * units**2) == in_a_pass
+    kernels = [
+        e.outvars[0].aval.shape
+        for body in innermost_loops(program)
+        for e, _ in equations(body)
+        if e.primitive is DOT and e.outvars[0].aval.shape == (FEATURES, units)
+    ]
+    assert not kernels
+    assert_same(gradient(jaxrnn.scan, **SPLIT)(*operands), gradient(lax.scan)(*operands))
+
+
 def test_the_gradient_of_a_kernel_is_in_no_loop():
     """XLA's is slow there on a CPU; the forward pass keeps its blocks."""
     kernel, xs = np.ones((3, 2, 2), np.float32), np.ones((TIME, BATCH, 5, 2), np.float32)
