@@ -20,6 +20,7 @@ from jaxrnn._equations import can_run_batched, is_heavy, is_of_another_width
 from jaxrnn._every_step import must_run_every_step
 from jaxrnn._fission import LoopMethod, Plan, fission
 from jaxrnn._gains import only_for_gradients
+from jaxrnn._inner_loops import without_inner_loops
 from jaxrnn._invariant_carry import Body, old_and_new, without_unchanged
 from jaxrnn._jaxpr import Traced, carry_type, dtype, is_weak, trace, weak_as
 from jaxrnn._options import ScanOptions, as_int, engine_options, time_of
@@ -334,6 +335,8 @@ def split_body(
     chunk: int | str | None,
 ) -> Split | str:
     """A body, from `trace_body`, after fission, or why the engine stands aside."""
+    plain, traced = traced, without_inner_loops(traced, [*carry, *x])
+    is_written_out = traced is not plain
     opened = through_checkpoints(traced, [*carry, *x])
     traced = share(opened or traced, [*carry, *x])
     leaves = any(is_heavy(e) and can_run_batched(e) for e in traced.program.equations)
@@ -352,7 +355,7 @@ def split_body(
             return f"splitting would not be faster: {why}"
         if not is_soon_made_again(plan, time, chunk):
             return "recomputing what is under a checkpoint would take too long"
-    return Split(plan, consts, carry, traced, loop_method)
+    return Split(plan, consts, carry, plain if is_written_out else traced, loop_method)
 
 
 def _gains_anyway(method: str) -> bool:

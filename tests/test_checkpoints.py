@@ -138,7 +138,7 @@ def in_a_branch(params, h):
 
 
 def in_a_loop(params, h):
-    return lax.fori_loop(0, 2, lambda _, h: jnp.tanh(h @ params["u"][:, :UNITS]), h)
+    return lax.fori_loop(0, 32, lambda _, h: jnp.tanh(h @ params["u"][:, :UNITS]), h)
 
 
 def test_the_products_under_a_checkpoint_leave_the_loop_with_a_product_beside_it():

@@ -1,0 +1,128 @@
+"""Short loops within a step: written out, so that their products leave the loop over time."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_same
+from jax import lax
+from structure import DOT, SCAN, count, equations, innermost_loops, loops, sum_of_sines
+
+import jaxrnn
+
+BATCH, TIME, FEATURES, UNITS = 3, 8, 5, 32
+SPLIT = {"method": "sequential", "chunk": 4}
+
+
+def substeps(rounds):
+    """A state that relaxes for some rounds between one input and the next."""
+
+    def step(p, h, x):
+        h = lax.fori_loop(0, rounds, lambda _, h: h + 0.1 * jnp.tanh(h @ p["a"]), h)
+        h = jnp.tanh(x @ p["w"] + h @ p["u"])
+        return h, h
+
+    return step
+
+
+def backwards(p, h, x):
+    """Rounds in reverse, with rows of their own, going in and out."""
+
+    def around(carry, row):
+        h, n = carry
+        h = jnp.tanh(h @ p["a"] + row[None, :1] + x @ p["w"])
+        return (h, n + 1), (h[:, 0], n)
+
+    (h, n), (seen, counts) = lax.scan(around, (h, jnp.int32(0)), x.T, reverse=True)
+    return jnp.tanh(h @ p["u"]), (h, seen, counts, n)
+
+
+def nested(p, h, x):
+    """A loop in a jitted loop, of which the outer one is written out."""
+
+    @jax.jit
+    def pair(h):
+        inner = lax.fori_loop(0, 2, lambda _, h: jnp.sin(h), h)
+        return jnp.tanh(inner @ p["a"])
+
+    h = lax.fori_loop(0, 2, lambda _, h: pair(h), h)
+    return jnp.tanh(x @ p["w"] + h @ p["u"]), h
+
+
+def operands():
+    rng = np.random.default_rng(0)
+    shapes = {"a": (UNITS, UNITS), "u": (UNITS, UNITS), "w": (FEATURES, UNITS)}
+    p = {k: jnp.asarray(0.3 * rng.standard_normal(s), jnp.float32) for k, s in shapes.items()}
+    h = jnp.asarray(rng.standard_normal((BATCH, UNITS)), jnp.float32)
+    return p, h, jnp.asarray(rng.standard_normal((TIME, BATCH, FEATURES)), jnp.float32)
+
+
+def run(scan, step, **flags):
+    return lambda p, h, xs: scan(lambda h, x: step(p, h, x), h, xs, **flags)
+
+
+def gradient(function):
+    return jax.grad(lambda *a: sum_of_sines(function(*a)), (0, 1, 2))
+
+
+@pytest.mark.parametrize("step", [substeps(3), backwards, nested])
+def test_values_and_gradients_are_those_of_lax_scan(step):
+    function, expected = run(jaxrnn.scan, step, **SPLIT), run(lax.scan, step)
+    assert_same(jax.jit(function)(*operands()), jax.jit(expected)(*operands()))
+    assert_same(jax.jit(gradient(function))(*operands()), jax.jit(gradient(expected))(*operands()))
+
+
+@pytest.mark.parametrize("step", [substeps(3), backwards])
+def test_gradients_of_weights_in_an_inner_loop_are_contracted_over_time(step):
+    """And over its rounds; none has the shape of a weight in the loop over time."""
+    program = jax.make_jaxpr(gradient(run(jaxrnn.scan, step, **SPLIT)))(*operands())
+    in_loops = [
+        e.outvars[0].aval.shape
+        for body in innermost_loops(program)
+        for e, _ in equations(body)
+        if e.primitive is DOT
+    ]
+    assert in_loops
+    assert not {(UNITS, UNITS), (FEATURES, UNITS), (UNITS, FEATURES)}.intersection(in_loops)
+
+
+@pytest.mark.parametrize(("rounds", "is_written_out"), [(4, True), (16, True), (17, False)])
+def test_loops_of_many_products_are_left(rounds, is_written_out):
+    """Programs would take long to compile. Too little leaves such a step for passes to pay."""
+    program = jax.make_jaxpr(gradient(run(jaxrnn.scan, substeps(rounds))))(*operands())
+    over_time = [e for e, _ in equations(program) if e.primitive is SCAN]
+    lengths = {e.params["length"] for e in over_time}
+    assert (rounds not in lengths) == is_written_out
+    plain = jax.make_jaxpr(gradient(run(lax.scan, substeps(rounds))))(*operands())
+    assert (len(list(loops(program))) == len(list(loops(plain)))) == (not is_written_out)
+
+
+def test_results_alone_come_from_the_step_as_it_is():
+    """Where passes gain nothing: it compiles in half the time."""
+    p, h, _ = operands()
+    xs = jnp.ones((TIME, 32, FEATURES))
+    h = jnp.broadcast_to(h[:1], (32, UNITS))
+    program, plain = (
+        jax.make_jaxpr(run(scan, substeps(3)))(p, h, xs) for scan in (jaxrnn.scan, lax.scan)
+    )
+    assert count(program, DOT) == count(plain, DOT)
+    assert [len(body.eqns) for body in loops(program)] == [len(body.eqns) for body in loops(plain)]
+
+
+def test_a_loop_over_matrices_of_each_sample_stays():
+    """No pass would gain by it."""
+
+    def attend(p, h, x):
+        def refine(_, h):
+            scores = jnp.einsum("bh,bkh->bk", h, x)
+            return jnp.tanh(jnp.einsum("bk,bkh->bh", jax.nn.softmax(scores), x))
+
+        h = lax.fori_loop(0, 2, refine, h)
+        return jnp.tanh(x[:, 0] @ p["a"] + h @ p["u"]), h
+
+    p, h, _ = operands()
+    xs = jnp.asarray(np.random.default_rng(1).standard_normal((TIME, BATCH, 4, UNITS)), jnp.float32)
+    function, expected = run(jaxrnn.scan, attend, **SPLIT), run(lax.scan, attend)
+    program = jax.make_jaxpr(function)(p, h, xs)
+    assert 2 in {e.params["length"] for e, _ in equations(program) if e.primitive is SCAN}
+    assert_same(jax.jit(gradient(function))(p, h, xs), jax.jit(gradient(expected))(p, h, xs))
