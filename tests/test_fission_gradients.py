@@ -205,8 +205,11 @@ def likelihood(h, x, p):
 def test_slow_functions_are_computed_once(change, slow):
     """For the forward pass and its gradient, in loops and in passes together."""
     rng = np.random.default_rng(0)
-    shapes = {"w": (FEATURES, UNITS), "u": (UNITS, UNITS), "scale": (UNITS,)}
-    p = {k: jnp.asarray(rng.uniform(0.5, 1, n), jnp.float32) for k, n in shapes.items()}
+    sizes = {"w": (0.1, FEATURES, UNITS), "u": (0.1, UNITS, UNITS), "scale": (1, UNITS)}
+    p = {
+        name: jnp.asarray(largest * rng.uniform(0.5, 1, shape), jnp.float32)
+        for name, (largest, *shape) in sizes.items()
+    }
     state, xs = (
         jnp.asarray(rng.uniform(0.1, 1, shape), jnp.float32)
         for shape in ((BATCH, UNITS), (TIME, BATCH, FEATURES))
