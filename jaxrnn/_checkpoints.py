@@ -23,8 +23,8 @@ from jaxrnn._jaxpr import (
     inline,
     inner_equations,
     program_of,
+    retraced,
     scopes,
-    trace,
     variables,
 )
 from jaxrnn._primitives import INLINED, remat_p
@@ -54,13 +54,10 @@ def through_checkpoints(traced: Traced, example: Sequence[Any]) -> Traced | None
     """
     if not any(map(_holds_open, traced.program.equations)):
         return None
-    step = trace(
-        lambda *args: inline(traced.program, *args, apply=_opened), *traced.consts, *example
-    )
+    step = retraced(traced, example, _opened)
     if not_to_be_kept(step.program) and any(map(hides_product, step.program.equations)):
         return None
-    consts = (*step.consts, *traced.consts)
-    return step._replace(consts=consts, out_tree=traced.out_tree)
+    return step
 
 
 def not_to_be_kept(program: Program) -> set[Var]:

@@ -21,8 +21,8 @@ from jaxrnn._jaxpr import (
     inner_equations,
     parts,
     program_of,
+    retraced,
     shape,
-    trace,
 )
 from jaxrnn._primitives import INLINED, dot_general_p, scan_p
 
@@ -47,11 +47,7 @@ def without_inner_loops(traced: Traced, example: Sequence[Any]) -> Traced:
     """
     if not any(map(_holds_short, traced.program.equations)):
         return traced
-    step = trace(
-        lambda *args: inline(traced.program, *args, apply=_written_out), *traced.consts, *example
-    )
-    consts = (*step.consts, *traced.consts)
-    return step._replace(consts=consts, out_tree=traced.out_tree)
+    return retraced(traced, example, _written_out)
 
 
 def _holds_short(equation: Equation) -> bool:
