@@ -17,6 +17,7 @@ The body is run once by an interpreter whose values may be sums, concatenations 
 are not computed yet; what it computes is traced to the new body.
 """
 
+import functools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxrnn import _deferred, _device
+from jaxrnn._common_subexpressions import without_repeats
 from jaxrnn._equations import cut_axis, is_arithmetic, take_ranges
 from jaxrnn._gate_sums import TakenApart, rejoined
 from jaxrnn._jaxpr import (
@@ -89,19 +91,22 @@ def simplify(
         The new body, `program(*consts, *arguments of the old one)`.
     """
 
-    def inline_once(*args: Array) -> list[Any]:
-        return inline(program, *args, apply=_products_once(to_be_transposed))
+    def apply(equation: Equation, values: Sequence[Any]) -> list[Any]:
+        if equation.primitive is dot_general_p:
+            return bind(equation, values)
+        return bind_without_units(equation, to_be_transposed, [0] * len(values), 1, values)
 
-    inlined = trace(inline_once, *example)
-    added = len(inlined.consts)
-    orientation = Orientation(inlined.program, added + consts)
+    def traced(run: Callable[..., list[Any]], *more: Array) -> Traced:
+        made = trace(run, *more, *example)
+        return made._replace(program=without_repeats(made.program), consts=(*made.consts, *more))
+
+    inlined = traced(functools.partial(inline, program, apply=apply))
+    orientation = Orientation(inlined.program, len(inlined.consts) + consts)
     if orientation.wrong:
-        turned = trace(orientation.run, *inlined.consts, *example)
-        inlined = turned._replace(consts=(*turned.consts, *inlined.consts))
-        added = len(inlined.consts)
-    rewriter = _Rewriter(inlined.program, added + consts, carry, to_be_transposed)
-    traced = trace(rewriter.run, *inlined.consts, *example)
-    return traced._replace(consts=(*traced.consts, *inlined.consts))
+        inlined = traced(orientation.run, *inlined.consts)
+    held = len(inlined.consts) + consts
+    rewriter = _Rewriter(inlined.program, held, carry, to_be_transposed)
+    return traced(rewriter.run, *inlined.consts)
 
 
 class _Rewriter:
@@ -332,25 +337,6 @@ class _Rewriter:
 
 
 _LAYOUT = frozenset({reshape_p, slice_p, split_p, squeeze_p})
-
-
-def _products_once(to_be_transposed: bool) -> Callable[[Equation, Sequence[Any]], list[Any]]:
-    """`bind_without_units`, but a product of the same operands is computed once.
-
-    XLA would see to that by itself if no product were merged with others.
-    """
-    made: dict[Any, tuple[Sequence[Any], list[Any]]] = {}
-
-    def apply(equation: Equation, values: Sequence[Any]) -> list[Any]:
-        if equation.primitive is not dot_general_p:
-            one_row = [0] * len(values)
-            return bind_without_units(equation, to_be_transposed, one_row, 1, values)
-        key = (str(equation.params), *map(id, values))
-        if key not in made:
-            made[key] = values, bind(equation, values)  # with the values, so that ids stay theirs
-        return made[key][1]
-
-    return apply
 
 
 def _turned(equation: Equation, lhs: Array, rhs: Array) -> Array:

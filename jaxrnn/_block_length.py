@@ -169,7 +169,8 @@ def tangent_block(plan: Plan, steps: Steps, block: int) -> int:
     handed = [v for s in plan.stages for v in variables([*s.program.invars, *s.program.outvars])]
     if largest(v for v in handed if plan.times[v] != -1) >= bytes_of(plan.carries):
         block = min(block, steps.over_states)
-    made = _bytes_made(plan)
+    # Nor should the cotangents of several rounds, of which the results have one row to read.
+    made = max(_bytes_made(plan), _bytes_between(plan) // 4)
     target = _bytes_of_block(v for v in plan.body.invars if v in plan.accumulated)
     return _near_divisor(block, max(1, target * jax.device_count() // max(made, 1)))
 

@@ -31,6 +31,7 @@ from jaxrnn._jaxpr import (
     Var,
     at,
     bind,
+    dependents,
     dtype,
     is_weak,
     parts,
@@ -355,10 +356,15 @@ def _samples(loop: Loop, purpose: Purpose, is_even: bool, has_pass: bool) -> int
         return None
     (samples,) = rows
     weights = sum(map(size_in_bytes, variables(e.invars[1] for e in products)))
-    units = max((shape(v)[1] for v in states if len(shape(v)) == 2), default=0)
-    has_gates = any(shape(e.outvars[0])[1] > units for e in products)
+    recurrent = dependents(loop.program, states)
+    has_gates = sum(_widening(e) for e in products if e.invars[0] in recurrent) > 0
     pays = samples_last_pay(samples, weights, has_gates, purpose, is_even, has_pass)
     return samples if pays else None
+
+
+def _widening(product: Equation) -> int:
+    """How many numbers more a row is of what a product makes than of what it takes."""
+    return shape(product.outvars[0])[1] - shape(product.invars[0])[1]
 
 
 def _is_rows_times_matrix(equation: Equation, consts: Sequence[Var]) -> bool:
