@@ -16,7 +16,7 @@ WARM_UP_BELOW_S = 0.02
 
 MIN_ROUNDS = 5
 
-# How often a candidate is compiled; like all that is timed, in turns with the others.
+# How often a candidate is compiled: once before it runs, then in turns with the others.
 COMPILATIONS = 3
 
 # A virtual machine's cores are lent to others now and then. That is noticed where work is shared

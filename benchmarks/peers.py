@@ -134,8 +134,11 @@ def _compile_in_turns(prepared: dict, pool: dict[str, Worker]) -> dict[tuple, fl
         number = prepared[candidate]["candidate"]
         return pool[candidate[0]].ask("compile", candidate=number, kind=kind)["seconds"]
 
-    rounds = clock.measure(which, clock.COMPILATIONS, visit)
-    return dict(zip(which, map(median, rounds.seconds), strict=True))
+    rounds = clock.measure(which, clock.COMPILATIONS - 1, visit)
+    return {
+        (candidate, kind): median([prepared[candidate]["calls"][kind]["compile_s"], *seconds])
+        for (candidate, kind), seconds in zip(which, rounds.seconds, strict=True)
+    }
 
 
 def _take_turns(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from benchmarks.steps import gated, language, memories, networks, noisy, other
+from benchmarks.steps import gated, language, made_weights, memories, networks, noisy, other, rounds
 from benchmarks.steps.forms import Draw, Loop, Size, gradient_of
 
 __all__ = ["STEPS", "Draw", "Loop", "Size", "Step", "gradient_of", "random_step"]
@@ -50,11 +50,15 @@ STEPS = (
     Step("LSTM, attention readout", gated.attention_readout, (MEDIUM,)),
     Step("GRU, attention decoder", language.attention_decoder, (Size(8, 64, 32, 64), MEDIUM)),
     Step("LSTM, layer norm", gated.layer_norm_lstm, (MEDIUM,)),
+    Step("LSTM, phased", gated.phased_lstm, (SMALL, MEDIUM)),
     Step("HyperLSTM", gated.hyper_lstm, (MEDIUM,)),
-    Step("Elman, weight norm", other.weight_norm, (MEDIUM,)),
+    Step("Elman, weight norm", made_weights.weight_norm, (MEDIUM,)),
+    Step("Elman, spectral norm", made_weights.spectral_norm, (SMALL, MEDIUM)),
+    Step("GRU, masked weights", made_weights.masked_weights, (SMALL, MEDIUM)),
+    Step("GRU, low-rank corrections", made_weights.low_rank, (SMALL, MEDIUM)),
     Step("GRU under cond", gated.cond, (MEDIUM,)),
     Step("GRU, cond of each sample", gated.cond_per_sample, (MEDIUM,)),
-    Step("inner scan", other.inner_scan, (MEDIUM,)),
+    Step("inner scan", rounds.inner_scan, (MEDIUM,)),
     Step("convolutional LSTM", gated.conv_lstm, (Size(4, 64, 8, 16),)),
     Step("integer count", other.count, (MEDIUM,)),
     Step("Kalman filter", other.kalman, (Size(8, 128, 2, 4),)),
@@ -92,7 +96,10 @@ STEPS = (
     Step("Viterbi", other.viterbi, (Size(16, 64, 32, 32),)),
     Step("hidden Markov model", other.hidden_markov, (Size(16, 128, 64, 64),)),
     Step("test-time training", memories.test_time_training, (Size(16, 128, 64, 64),)),
-    Step("Euler, two-layer network", other.euler, (SMALL, MEDIUM)),
+    Step("adaptive computation time", rounds.adaptive, (SMALL, MEDIUM)),
+    Step("Euler, two-layer network", rounds.euler, (SMALL, MEDIUM)),
+    Step("Runge-Kutta", rounds.runge_kutta, (SMALL, MEDIUM)),
+    Step("GRU, substeps between", rounds.ode_gru, (SMALL, MEDIUM)),
     Step("masked LSTM through rnn", gated.masked, (TINY, NARROW, MEDIUM)),
 )
 

@@ -269,6 +269,29 @@ def hyper_lstm(draw: Draw, size: Size) -> Loop:
     return loop(body, params, init, draw.normal(T, B, D))
 
 
+def phased_lstm(draw: Draw, size: Size) -> Loop:
+    """Each unit is open for a short part of a period of its own (Neil et al. 2016)."""
+    B, T, D, H = size
+
+    def body(p):
+        def step(carry, row):
+            (h, c), (x, time) = carry, row
+            h_new, c_new = lstm_cell(p, x, h, c)
+            phase = jnp.mod(time[:, None] - p["shift"], jnp.exp(p["log_period"]))
+            phase = phase / jnp.exp(p["log_period"])
+            up, down = 40 * phase, 2 - 40 * phase
+            gate = jnp.where(phase < 0.025, up, jnp.where(phase < 0.05, down, 0.001 * phase))
+            c, h = gate * c_new + (1 - gate) * c, gate * h_new + (1 - gate) * h
+            return (h, c), h
+
+        return step
+
+    params = draw.gates(4, D, H) | {"log_period": draw.normal(H), "shift": draw.normal(H)}
+    init = draw.normal(B, H), draw.normal(B, H)
+    times = jnp.cumsum(jnp.abs(draw.normal(T, B)), axis=0)
+    return loop(body, params, init, (draw.normal(T, B, D), times))
+
+
 def conv_lstm(draw: Draw, size: Size) -> Loop:
     """An LSTM over 16 places, connected by convolutions of width 3."""
     B, T, D, H = size

@@ -80,36 +80,6 @@ def moving_average(draw: Draw, size: Size) -> Loop:
     return loop(body, jax.nn.sigmoid(draw.normal(H)), draw.normal(B, H), draw.normal(T, B, H))
 
 
-def weight_norm(draw: Draw, size: Size) -> Loop:
-    """The weight is normalised inside the step: work that need not be repeated."""
-    B, T, D, H = size
-
-    def body(p):
-        def step(h, x):
-            U = p["U"] / jnp.linalg.norm(p["U"], axis=0, keepdims=True)
-            h = jnp.tanh(x @ p["W"] + h @ U + p["b"])
-            return h, h
-
-        return step
-
-    return loop(body, draw.gates(1, D, H), draw.normal(B, H), draw.normal(T, B, D))
-
-
-def inner_scan(draw: Draw, size: Size) -> Loop:
-    """Three passes over the state at every step, in a loop inside the loop."""
-    B, T, D, H = size
-
-    def body(p):
-        def step(h, x):
-            drive = x @ p["W"] + p["b"]
-            h, _ = lax.scan(lambda h, _: (jnp.tanh(drive + h @ p["U"]), None), h, length=3)
-            return h, h
-
-        return step
-
-    return loop(body, draw.gates(1, D, H), draw.normal(B, H), draw.normal(T, B, D))
-
-
 def count(draw: Draw, size: Size) -> Loop:
     """Integer state: how often each feature was positive, which scales a projection."""
     B, T, D, H = size
@@ -259,20 +229,4 @@ def hidden_markov(draw: Draw, size: Size) -> Loop:
         return step
 
     params = {"A": draw.normal(H, H), "W": draw.weight(D, H)}
-    return loop(body, params, draw.normal(B, H), draw.normal(T, B, D))
-
-
-def euler(draw: Draw, size: Size) -> Loop:
-    """One Euler step of a differential equation whose right side is a two-layer network."""
-    B, T, D, H = size
-
-    def body(p):
-        def step(h, x):
-            hidden = jnp.tanh(jnp.concatenate([h, x], axis=-1) @ p["W1"])
-            h = h + 0.1 * (hidden @ p["W2"])
-            return h, h
-
-        return step
-
-    params = {"W1": draw.weight(H + D, 2 * H), "W2": draw.weight(2 * H, H)}
     return loop(body, params, draw.normal(B, H), draw.normal(T, B, D))
