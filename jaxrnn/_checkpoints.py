@@ -7,7 +7,8 @@ the mark is not kept: passes make it again, for all steps of a block at once.
 The mark is a named scope, which JAX carries along whenever a program is rewritten.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -69,6 +70,21 @@ def not_to_be_kept(program: Program) -> set[Var]:
         if arranged or _MARK in scopes(equation):
             marked |= set(equation.outvars)
     return marked
+
+
+def is_checkpoint(equation: Equation) -> bool:
+    """Whether `equation` is a checkpoint, not yet differentiated."""
+    return equation.primitive is remat_p and not equation.params["differentiated"]
+
+
+def under_checkpoint(
+    equation: Equation, values: Sequence[Any], apply: Callable[..., list[Any]]
+) -> list[Any]:
+    """The results of a checkpoint, under it as before, but run by `apply`."""
+    inner = program_of(equation.params["jaxpr"])
+    options = {name: equation.params[name] for name in ("prevent_cse", "policy")}
+    with at(equation):
+        return jax.checkpoint(functools.partial(inline, inner, apply=apply), **options)(*values)
 
 
 def _holds_open(equation: Equation) -> bool:

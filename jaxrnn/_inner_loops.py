@@ -10,6 +10,7 @@ from typing import Any
 
 from jax import lax
 
+from jaxrnn._checkpoints import is_checkpoint, under_checkpoint
 from jaxrnn._equations import multiply_adds, with_inner
 from jaxrnn._jaxpr import (
     Atom,
@@ -51,8 +52,8 @@ def without_inner_loops(traced: Traced, example: Sequence[Any]) -> Traced:
 
 
 def _holds_short(equation: Equation) -> bool:
-    """Whether `equation` is a loop to be written out, or a `jit` around one."""
-    if equation.primitive in INLINED:
+    """Whether `equation` is a loop to be written out, or a `jit` or checkpoint around one."""
+    if equation.primitive in INLINED or is_checkpoint(equation):
         return any(map(_holds_short, inner_equations(equation)))
     return _is_short(equation)
 
@@ -76,6 +77,8 @@ def _is_matmul(equation: Equation) -> bool:
 
 def _written_out(equation: Equation, values: Sequence[Any]) -> list[Any]:
     """The results of `equation`, if it is a short loop by one round after the other."""
+    if is_checkpoint(equation) and _holds_short(equation):
+        return under_checkpoint(equation, values, _written_out)
     if not _is_short(equation):
         return bind(equation, values)
     closed, rounds = equation.params["jaxpr"], range(equation.params["length"])

@@ -1,5 +1,7 @@
 """Short loops within a step: written out, so that their products leave the loop over time."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,6 +51,22 @@ def nested(p, h, x):
     return jnp.tanh(x @ p["w"] + h @ p["u"]), h
 
 
+@jax.checkpoint
+def checkpointed(p, h, x):
+    return substeps(3)(p, h, x)
+
+
+def checkpointed_loop(p, h, x):
+    """A checkpoint with a policy of its own around the loop alone."""
+
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("a"))
+    def relaxed(h):
+        return lax.fori_loop(0, 3, lambda _, h: h + 0.1 * jnp.tanh(h @ p["a"]), h)
+
+    h = jnp.tanh(x @ p["w"] + relaxed(h) @ p["u"])
+    return h, h
+
+
 def operands():
     rng = np.random.default_rng(0)
     shapes = {"a": (UNITS, UNITS), "u": (UNITS, UNITS), "w": (FEATURES, UNITS)}
@@ -65,7 +83,7 @@ def gradient(function):
     return jax.grad(lambda *a: sum_of_sines(function(*a)), (0, 1, 2))
 
 
-@pytest.mark.parametrize("step", [substeps(3), backwards, nested])
+@pytest.mark.parametrize("step", [substeps(3), backwards, nested, checkpointed, checkpointed_loop])
 def test_values_and_gradients_are_those_of_lax_scan(step):
     function, expected = run(jaxrnn.scan, step, **SPLIT), run(lax.scan, step)
     assert_same(jax.jit(function)(*operands()), jax.jit(expected)(*operands()))
@@ -73,7 +91,7 @@ def test_values_and_gradients_are_those_of_lax_scan(step):
     assert_same(ours, theirs, scale=10)
 
 
-@pytest.mark.parametrize("step", [substeps(3), backwards])
+@pytest.mark.parametrize("step", [substeps(3), backwards, checkpointed])
 def test_gradients_of_weights_in_an_inner_loop_are_contracted_over_time(step):
     """And over its rounds; none has the shape of a weight in the loop over time."""
     program = jax.make_jaxpr(gradient(run(jaxrnn.scan, step, **SPLIT)))(*operands())
@@ -85,6 +103,24 @@ def test_gradients_of_weights_in_an_inner_loop_are_contracted_over_time(step):
     ]
     assert in_loops
     assert not {(UNITS, UNITS), (FEATURES, UNITS), (UNITS, FEATURES)}.intersection(in_loops)
+
+
+def kept_of_each_step(scan, step, **flags):
+    """Bytes that another timestep adds to what a gradient keeps."""
+    p, h, xs = operands()
+
+    def kept(xs):
+        run_and_pull = jax.eval_shape(lambda *a: jax.vjp(run(scan, step, **flags), *a), p, h, xs)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run_and_pull))
+
+    return (kept(jnp.concatenate([xs, xs])) - kept(xs)) / TIME
+
+
+def test_what_is_under_a_checkpoint_is_not_kept():
+    """The states and inputs are, as with plain `lax.scan`, and at most the number of the step."""
+    ours = kept_of_each_step(jaxrnn.scan, checkpointed, **SPLIT)
+    plain = kept_of_each_step(lax.scan, checkpointed)
+    assert ours - 4 <= plain < kept_of_each_step(jaxrnn.scan, substeps(3), **SPLIT)
 
 
 @pytest.mark.parametrize(("rounds", "is_written_out"), [(4, True), (16, True), (17, False)])
