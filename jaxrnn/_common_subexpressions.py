@@ -41,7 +41,7 @@ def without_repeats(program: Program) -> Program:
         for i, (old, new) in enumerate(zip(first.outvars, equation.outvars, strict=True)):
             if old in used:
                 same[new] = old
-            else:
+            else:  # what nobody read before gets the name by which it is read now
                 outs[i] = new
         made[key] = first.replace(outvars=outs)
     return program.cut(program.invars, map(now, program.outvars), made.values())

@@ -357,14 +357,11 @@ def _samples(loop: Loop, purpose: Purpose, is_even: bool, has_pass: bool) -> int
     (samples,) = rows
     weights = sum(map(size_in_bytes, variables(e.invars[1] for e in products)))
     recurrent = dependents(loop.program, states)
-    has_gates = sum(_widening(e) for e in products if e.invars[0] in recurrent) > 0
+    of_states = [e for e in products if e.invars[0] in recurrent]
+    taken = sum(shape(e.invars[0])[1] for e in of_states)
+    has_gates = 2 * sum(shape(e.outvars[0])[1] for e in of_states) >= 3 * taken > 0
     pays = samples_last_pay(samples, weights, has_gates, purpose, is_even, has_pass)
     return samples if pays else None
-
-
-def _widening(product: Equation) -> int:
-    """How many numbers more a row is of what a product makes than of what it takes."""
-    return shape(product.outvars[0])[1] - shape(product.invars[0])[1]
 
 
 def _is_rows_times_matrix(equation: Equation, consts: Sequence[Var]) -> bool:

@@ -54,6 +54,16 @@ def readout(p):
     return body
 
 
+def network(p):
+    """A layer that makes more of the state, and one that makes a state of it again: no gates."""
+
+    def body(h, x):
+        h = h + jnp.tanh(x @ p["w"] + h @ p["u"] + p["b"]) @ p["u"].T
+        return h, h
+
+    return body
+
+
 def masked(p):
     step = lstm(p)
 
@@ -65,7 +75,7 @@ def masked(p):
     return body
 
 
-GATES = {lstm: 4, elman: 1, rectified: 1, readout: 4, masked: 4}
+GATES = {lstm: 4, elman: 1, rectified: 1, readout: 4, network: 2, masked: 4}
 
 
 def operands(make, samples, units, features=8):
@@ -78,7 +88,7 @@ def operands(make, samples, units, features=8):
     h = draw(3, samples, units)
     return (
         p,
-        h if GATES[make] == 1 else (h, 2 * h),
+        h if GATES[make] < 4 else (h, 2 * h),
         draw(4, TIME, samples, features + (make is masked)),
     )
 
@@ -138,6 +148,7 @@ def is_laid_so(make, samples, units, function=results, scan=jaxrnn.scan, feature
         (elman, 32, 256, [False]),
         (elman, 32, 736, [True]),
         (rectified, 32, 736, [True]),
+        (network, 32, 240, [False]),
         (masked, 24, 256, [False]),
         (masked, 32, 256, [True]),
         (lstm, 32, 184, [False]),
