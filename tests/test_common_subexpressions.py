@@ -4,14 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dense import BATCH, FEATURES, SPLIT, TIME, UNITS, gradient, operands, run
 from helpers import assert_same
 from jax import lax
-from structure import SCAN, equations, multiply_adds, sum_of_sines
+from structure import SCAN, equations, multiply_adds
 
 import jaxrnn
-
-BATCH, TIME, FEATURES, UNITS = 3, 8, 5, 32
-SPLIT = {"method": "sequential", "chunk": 4}
 
 
 def runge_kutta(p, h, x):
@@ -45,10 +43,10 @@ def signs(p, h, x):
 
 
 def types(p, h, x):
-    """The same numbers in several dtypes."""
-    z = x @ p["w"] + h @ p["u"]
-    rounded = [z.astype(dtype) for dtype in (jnp.float16, jnp.bfloat16, jnp.float16)]
-    h = jnp.tanh(sum(r.astype(jnp.float32) for r in rounded))
+    """The same numbers in several dtypes, and summed up along several axes."""
+    rounded = [x.astype(dtype) for dtype in (jnp.float16, jnp.bfloat16, jnp.float16)]
+    z = sum(r.astype(jnp.float32) for r in rounded) @ p["w"]
+    h = jnp.tanh(z + h @ p["u"])
     return h, (*rounded, jnp.sum(z, 0), jnp.sum(z, 1), jnp.sum(z, 0))
 
 
@@ -70,7 +68,7 @@ def clipping_twice(p, h, x):
 
 def draws(p, h, x):
     """The same key gives the same numbers, and another key others."""
-    key = jax.random.fold_in(jax.random.key(3), jnp.int32(100 * jnp.abs(h[0, 0])))
+    key = jax.random.fold_in(jax.random.key(3), jnp.int32(100 * jnp.abs(x[0, 0])))
     z = x @ p["w"] + h @ p["u"]
     same = [jax.random.normal(key, z.shape) for _ in range(2)]
     other = jax.random.normal(jax.random.split(key)[0], z.shape)
@@ -79,22 +77,6 @@ def draws(p, h, x):
 
 
 STEPS = [runge_kutta, halves, signs, types, clipping_twice, draws]
-
-
-def operands():
-    rng = np.random.default_rng(0)
-    sizes = {"u": (UNITS, UNITS), "v": (UNITS, UNITS), "w": (FEATURES, UNITS), "b": (UNITS,)}
-    p = {k: jnp.asarray(0.1 * rng.standard_normal(s), jnp.float32) for k, s in sizes.items()}
-    h = jnp.asarray(rng.standard_normal((BATCH, UNITS)), jnp.float32)
-    return p, h, jnp.asarray(rng.standard_normal((TIME, BATCH, FEATURES)), jnp.float32)
-
-
-def run(scan, step, **flags):
-    return lambda p, h, xs: scan(lambda h, x: step(p, h, x), h, xs, **flags)
-
-
-def gradient(function):
-    return jax.grad(lambda *a: sum_of_sines(function(*a)), (0, 1, 2))
 
 
 @pytest.mark.parametrize("step", STEPS)

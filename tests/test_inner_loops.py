@@ -6,14 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dense import BATCH, FEATURES, SPLIT, TIME, UNITS, gradient, operands, run
 from helpers import assert_same
 from jax import lax
-from structure import DOT, SCAN, count, equations, innermost_loops, loops, sum_of_sines
+from structure import DOT, SCAN, count, equations, innermost_loops, loops
 
 import jaxrnn
-
-BATCH, TIME, FEATURES, UNITS = 3, 8, 5, 32
-SPLIT = {"method": "sequential", "chunk": 4}
 
 
 def substeps(rounds):
@@ -65,22 +63,6 @@ def checkpointed_loop(p, h, x):
 
     h = jnp.tanh(x @ p["w"] + relaxed(h) @ p["u"])
     return h, h
-
-
-def operands():
-    rng = np.random.default_rng(0)
-    shapes = {"a": (UNITS, UNITS), "u": (UNITS, UNITS), "w": (FEATURES, UNITS)}
-    p = {k: jnp.asarray(0.1 * rng.standard_normal(s), jnp.float32) for k, s in shapes.items()}
-    h = jnp.asarray(rng.standard_normal((BATCH, UNITS)), jnp.float32)
-    return p, h, jnp.asarray(rng.standard_normal((TIME, BATCH, FEATURES)), jnp.float32)
-
-
-def run(scan, step, **flags):
-    return lambda p, h, xs: scan(lambda h, x: step(p, h, x), h, xs, **flags)
-
-
-def gradient(function):
-    return jax.grad(lambda *a: sum_of_sines(function(*a)), (0, 1, 2))
 
 
 @pytest.mark.parametrize("step", [substeps(3), backwards, nested, checkpointed, checkpointed_loop])
