@@ -158,8 +158,9 @@ def _compare(plain: Compiled, ours: Compiled, effort: dict) -> dict:
 def _counted(processes: list[dict[str, dict]], count: int) -> list[dict[str, dict]]:
     """Those processes that are enough for a step; none if there are not enough yet."""
     calm = [figures for figures in processes if _stolen(figures) <= clock.STOLEN]
-    is_clear = bool(calm) and all(map(_is_clear, calm[0].values()))
-    return calm[:1] if is_clear else calm if len(calm) == count else []
+    if calm and all(map(_is_clear, calm[0].values())):
+        return calm[:1]
+    return calm if len(calm) == count else []
 
 
 def _is_clear(figures: dict) -> bool:

@@ -92,8 +92,6 @@ def simplify(
     """
 
     def apply(equation: Equation, values: Sequence[Any]) -> list[Any]:
-        if equation.primitive is dot_general_p:
-            return bind(equation, values)
         return bind_without_units(equation, to_be_transposed, [0] * len(values), 1, values)
 
     def traced(run: Callable[..., list[Any]], *more: Array) -> Traced:

@@ -141,7 +141,9 @@ def inline(program: Program, *args: Any, apply: Callable[..., list[Any]] = bind)
     return [read(env, atom) for atom in program.outvars]
 
 
-def retraced(traced: Traced, example: Sequence[Any], apply: Callable[..., list[Any]]) -> Traced:
+def retraced(
+    traced: Traced, example: Sequence[Any], apply: Callable[..., list[Any]] = bind
+) -> Traced:
     """The same function, run by `apply` as in `inline`; its consts come first as before."""
     step = trace(lambda *args: inline(traced.program, *args, apply=apply), *traced.consts, *example)
     return step._replace(consts=(*step.consts, *traced.consts), out_tree=traced.out_tree)

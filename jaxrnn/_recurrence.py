@@ -37,6 +37,7 @@ from jaxrnn._jaxpr import (
     as_function_of,
     bind,
     inline,
+    retraced,
     trace,
     variables,
 )
@@ -207,8 +208,7 @@ def _as_differentiated(program: Program, active: set[Var], *args: Any) -> Traced
     """
     apply = functools.partial(_by_rules, active)
     traced = trace(functools.partial(inline, program, apply=apply), *args)
-    inlined = trace(functools.partial(inline, traced.program), *traced.consts, *args)
-    return inlined._replace(consts=(*inlined.consts, *traced.consts))
+    return retraced(traced, args)  # what rules have called is inlined
 
 
 def _by_rules(active: set[Var], equation: Equation, values: Sequence[Any]) -> list[Any]:

@@ -36,10 +36,10 @@ from jaxrnn._jaxpr import (
     at,
     bind,
     dtype,
-    inline,
     inner_equations,
     is_inexact,
     read,
+    retraced,
     shape,
     size,
     trace,
@@ -67,17 +67,15 @@ def share(traced: Traced, args: Sequence[Any]) -> Traced:
     """`traced`, a function of `args`, without products per sample of weights that all share."""
     if not any(map(_reads_by_sample, traced.program.equations)):
         return traced
-    given = [*traced.consts, *args]
-    inlined = trace(lambda *values: inline(traced.program, *values), *given)
+    inlined = retraced(traced, args)
     # What is the same for all samples is not split over an explicit mesh as they are.
     if any(map(is_split, inlined.program.equations)):
         return traced
     sharing = _Sharing(inlined.program)
-    shared = trace(sharing.run, *inlined.consts, *given)
+    shared = trace(sharing.run, *inlined.consts, *args)
     if not sharing.found:
         return traced
-    consts = (*shared.consts, *inlined.consts, *traced.consts)
-    return traced._replace(program=shared.program, consts=consts)
+    return traced._replace(program=shared.program, consts=(*shared.consts, *inlined.consts))
 
 
 def _reads_by_sample(equation: Equation) -> bool:
